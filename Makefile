@@ -1,0 +1,33 @@
+# Every target makes .venv first, so that each works alone on a fresh clone with Python 3.11+ and pip.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint bench clean
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+# Tiny Qwen3 checkpoint -> Megatron shards -> SFT at TP2 x PP2 on four CPU processes -> hf/ -> greedy answers.
+demo: setup
+	$(RUN)/python -m launch.demo
+
+test: setup
+	$(RUN)/python -m pytest -m 'not slow and not gpu and not multi_gpu' $(PYTEST_ARGS)
+
+lint: setup
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+# A training step against the same step written with transformers and torch, one process, CPU.
+bench: setup
+	$(RUN)/python -m tests.bench.step
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,118 @@
+"""What a Megatron checkpoint carries besides weights, so that it can become a Hugging Face checkpoint on its
+own.
+
+`hf_companions/` has the model's configuration, tokenizer and licence byte by byte; `braid.json` what the
+converter knows of the source. The training engine calls `write_companions` for its checkpoints, too.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from converters.files import copy_companions, dtype_name, fsync, write_json
+from converters.hf_files import INDEX_FILE, LM_HEAD, SINGLE_FILE, WEIGHT_DTYPES, HfReader
+from engine.errors import CheckpointError, ModelError
+from engine.model.spec import load_model_spec
+
+COMPANIONS_DIR = "hf_companions"
+INFO_FILE = "braid.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceInfo:
+    """What the Hugging Face checkpoint was that a Megatron checkpoint came from (`braid.json`)."""
+
+    architecture: str
+    dtype: str | None
+    """The source's dtype, such as "bfloat16"; None for a mixed source or one without weights."""
+    tied_embeddings: bool
+    lm_head_copy: bool
+    """Embeddings are tied, but the source stored `lm_head.weight` all the same; an export does so again."""
+    hf_dtypes: Mapping[str, str] | None
+    """dtype by Hugging Face name where the source mixes them and the conversion kept them; otherwise None."""
+
+
+def describe_source(model_dir: str | Path, *, keep_dtypes: bool = False) -> SourceInfo:
+    """Read configuration and weight headers of a Hugging Face directory; weights may be absent. Raises
+    ModelError.
+    """
+    directory = Path(model_dir)
+    spec = load_model_spec(directory)
+    has_weights = any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+    tensors = HfReader(directory).tensors if has_weights else {}
+    dtypes = {name: info.dtype for name, info in tensors.items() if info.dtype in WEIGHT_DTYPES}
+    kinds = set(dtypes.values())
+    return SourceInfo(
+        architecture=spec.architecture,
+        dtype=dtype_name(kinds.pop()) if len(kinds) == 1 else None,
+        tied_embeddings=spec.tied_embeddings,
+        lm_head_copy=spec.tied_embeddings and LM_HEAD in tensors,
+        hf_dtypes={n: dtype_name(d) for n, d in dtypes.items()}
+        if keep_dtypes and len(set(dtypes.values())) > 1
+        else None,
+    )
+
+
+def write_companions(
+    model_dir: str | Path, checkpoint_dir: str | Path, *, source: SourceInfo | None = None
+) -> SourceInfo:
+    """Put `hf_companions/` and `braid.json` into a Megatron checkpoint directory, which exists.
+
+    Call it on one rank. Repeating it replaces the files. Raises ModelError for what is wrong with
+    `model_dir`.
+    """
+    info = source or describe_source(model_dir)
+    target = Path(checkpoint_dir) / COMPANIONS_DIR
+    target.mkdir(exist_ok=True)
+    copy_companions(model_dir, target, error=ModelError)
+    fsync(target)
+    write_json(Path(checkpoint_dir) / INFO_FILE, {"format": _FORMAT, **asdict(info)})
+    return info
+
+
+def read_source_info(checkpoint_dir: str | Path) -> SourceInfo:
+    """The `braid.json` of a checkpoint. Raises CheckpointError if it or `hf_companions/config.json` is
+    missing.
+    """
+    directory = Path(checkpoint_dir)
+    path = directory / INFO_FILE
+    if not path.is_file() or not (directory / COMPANIONS_DIR / "config.json").is_file():
+        raise CheckpointError(
+            f"checkpoint {directory} has no {INFO_FILE} or {COMPANIONS_DIR}/config.json; it was not "
+            f"written by braid, or was copied incompletely"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error})") from error
+    if not isinstance(value, dict) or value.get("format") != _FORMAT:
+        raise CheckpointError(
+            f"{path} has not the format {_FORMAT}; convert with the braid version that wrote it"
+        )
+    return _source_info(path, value)
+
+
+def _source_info(path: Path, value: Mapping[str, Any]) -> SourceInfo:
+    dtypes = value.get("hf_dtypes")
+    names = {dtype_name(dtype) for dtype in WEIGHT_DTYPES}
+    if dtypes is not None and not (isinstance(dtypes, dict) and set(map(str, dtypes.values())) <= names):
+        raise CheckpointError(f"{path}: hf_dtypes must map tensor names to {', '.join(sorted(names))}")
+    return SourceInfo(
+        architecture=str(value.get("architecture")),
+        dtype=value.get("dtype"),
+        tied_embeddings=bool(value.get("tied_embeddings")),
+        lm_head_copy=bool(value.get("lm_head_copy")),
+        hf_dtypes=dtypes,
+    )
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype of a name that `dtype_name` made."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype), name
+    return dtype

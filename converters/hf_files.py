@@ -1,0 +1,320 @@
+"""Hugging Face weight files: a strict reader, a check against the mapping table, a streaming writer.
+
+Only safetensors are read, and nothing is trusted: the header is parsed and validated here, before any byte of
+a tensor is looked at. A tensor that is read lies on a private mapping of its own bytes, so memory in use is
+that of the tensors in use.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converters.files import and_more, inside, map_bytes, shown, tensor_from
+from converters.mapping import Weight, hf_tensors
+from engine.errors import ModelError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LM_HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+MAX_JSON_BYTES = 100_000_000
+"""Largest header or index that is read; the safetensors library has the same limit."""
+
+# In the order in which safetensors' own writer sorts, lowest first.
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Where a tensor of a safetensors file lies. Offsets are bytes from the start of the file."""
+
+    name: str
+    stored_dtype: str
+    """The file's own word for the dtype, such as BF16."""
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype. Raises ModelError for one that Braid does not read (fp8 and other quantised
+        formats).
+        """
+        if self.stored_dtype not in DTYPES:
+            raise ModelError(
+                f"{self.file}: {shown(self.name)} has dtype {shown(self.stored_dtype)}, a quantised/fp8 "
+                f"source; convert from the bf16 checkpoint"
+            )
+        return DTYPES[self.stored_dtype]
+
+
+class HfReader:
+    """The tensors of a Hugging Face checkpoint directory, one file or many shards.
+
+    Like transformers, `model.safetensors` wins where an index lies beside it. Raises ModelError naming file
+    and tensor for anything missing, truncated, inconsistent, outside the directory, or in another format than
+    safetensors.
+    """
+
+    def __init__(self, model_dir: str | Path) -> None:
+        self.directory = Path(model_dir)
+        if not self.directory.is_dir():
+            raise ModelError(f"model directory {model_dir} does not exist; pass a Hugging Face checkpoint")
+        self.tensors: dict[str, TensorInfo] = {}
+        if _present(self.directory / SINGLE_FILE):
+            self.tensors = read_header(inside(self.directory, SINGLE_FILE, error=ModelError))
+        elif _present(self.directory / INDEX_FILE):
+            self._read_shards()
+        else:
+            raise ModelError(_no_weights(self.directory))
+
+    def _read_shards(self) -> None:
+        weight_map = _read_index(inside(self.directory, INDEX_FILE, error=ModelError))
+        for file in dict.fromkeys(weight_map.values()):
+            for name, info in read_header(inside(self.directory, file, error=ModelError)).items():
+                if name in self.tensors:
+                    raise ModelError(
+                        f"{info.file}: tensor {shown(name)} is in {self.tensors[name].file.name} too; "
+                        f"keep one of them"
+                    )
+                if name not in weight_map:
+                    raise ModelError(
+                        f"{info.file}: tensor {shown(name)} is not listed in {INDEX_FILE}; download it again"
+                    )
+                self.tensors[name] = info
+        for name, file in weight_map.items():
+            if name not in self.tensors or self.tensors[name].file.name != file:
+                raise ModelError(
+                    f"{self.directory / file}: tensor {shown(name)} is listed in {INDEX_FILE} but is not in "
+                    f"the file; download it again"
+                )
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, in its stored dtype, on mapped memory. Raises ModelError (unreadable dtype or
+        file).
+        """
+        info = self._info(name)
+        return self._bytes(info, info.dtype, info.start, info.shape)
+
+    def read_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) along `axis`, contiguous. Along axis 0 only their bytes are touched."""
+        info = self._info(name)
+        assert 0 <= start <= stop <= info.shape[axis], (
+            f"[{start}, {stop}) of axis {axis} of {name} {info.shape}"
+        )
+        if axis:
+            return self.read(name).narrow(axis, start, stop - start).contiguous()
+        row = math.prod(info.shape[1:]) * info.dtype.itemsize
+        return self._bytes(info, info.dtype, info.start + start * row, (stop - start, *info.shape[1:]))
+
+    def _info(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise ModelError(f"{self.directory}: weight {shown(name)} is missing")
+        return self.tensors[name]
+
+    @staticmethod
+    def _bytes(info: TensorInfo, dtype: torch.dtype, start: int, shape: tuple[int, ...]) -> Tensor:
+        try:
+            return tensor_from(map_bytes(info.file, start, math.prod(shape) * dtype.itemsize), dtype, shape)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{info.file} cannot be read or changed since it was opened ({error})"
+            ) from error
+
+
+def _present(path: Path) -> bool:
+    """Whether the name is taken; a dangling link counts, for the error should be about the link."""
+    return path.exists() or path.is_symlink()
+
+
+def _no_weights(directory: Path) -> str:
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        return (
+            f"{directory} has {shown(pickles[0])} but no safetensors; "
+            f"only safetensors are read, convert it first"
+        )
+    return f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; pass a complete Hugging Face checkpoint"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return result
+
+
+def _parse_json(path: Path, text: bytes, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: {what} is not valid JSON ({shown(error)}); download it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: {what} is not a JSON object; download it again")
+    return value
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard name. The names are checked where they are opened."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{path} is larger than {MAX_JSON_BYTES} bytes; it is no safetensors index")
+        text = path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror})") from error
+    weight_map = _parse_json(path, text, "the index").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ModelError(f"{path}: weight_map must map tensor names to file names; download it again")
+    for name, file in weight_map.items():
+        if file.endswith(_PICKLES):
+            raise ModelError(
+                f"{path}: {shown(name)} is in {shown(file)}; only safetensors are read, convert it first"
+            )
+    return weight_map
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file. Raises ModelError unless they fill the file without gap or
+    overlap.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > MAX_JSON_BYTES:
+                raise ModelError(f"{path}: header of {length} bytes; truncated, or not a safetensors file")
+            text = file.read(length)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror})") from error
+    if len(text) < length:
+        raise ModelError(f"{path} is truncated inside its header; download it again")
+    entries = _parse_json(path, text, "the header")
+    entries.pop("__metadata__", None)
+    infos = [_tensor_info(path, name, entry, 8 + length) for name, entry in entries.items()]
+    end = 8 + length
+    for info in sorted(infos, key=lambda info: (info.start, info.stop)):
+        if info.start != end:
+            kind = "overlaps the tensor before it" if info.start < end else "leaves a gap before it"
+            raise ModelError(
+                f"{path}: tensor {shown(info.name)} {kind}; the file is corrupt, download it again"
+            )
+        end = info.stop
+        if end > size:
+            raise ModelError(
+                f"{path} is truncated: tensor {shown(info.name)} ends at {end}, the file at {size} bytes"
+            )
+    if end != size:
+        raise ModelError(
+            f"{path}: {size - end} bytes behind the last tensor; the file is corrupt, download it again"
+        )
+    return {info.name: info for info in infos}
+
+
+def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    wrong = ModelError(f"{path}: header entry of tensor {shown(name)} is malformed; download it again")
+    if not isinstance(entry, dict):
+        raise wrong
+    dtype, shape, offsets = entry.get("dtype"), _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+    if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
+        raise wrong
+    start, stop = offsets
+    if stop < start:
+        raise ModelError(
+            f"{path}: tensor {shown(name)} ends before it starts; the file is corrupt, download it again"
+        )
+    if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise ModelError(
+            f"{path}: tensor {shown(name)} of shape {list(shape)} and dtype {dtype} has "
+            f"{stop - start} bytes; the file is corrupt, download it again"
+        )
+    return TensorInfo(
+        name=name,
+        stored_dtype=dtype,
+        shape=shape,
+        file=path,
+        start=data_start + start,
+        stop=data_start + stop,
+    )
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    if isinstance(value, list) and all(type(item) is int and item >= 0 for item in value):
+        return tuple(value)
+    return None
+
+
+def model_tensors(reader: HfReader) -> list[str]:
+    """Names of the tensors that are weights: rotary `inv_freq` buffers of old checkpoints are not."""
+    return [name for name in reader.tensors if not _BUFFERS.fullmatch(name)]
+
+
+def check_weights(reader: HfReader, weights: Mapping[str, Weight]) -> None:
+    """Raise ModelError unless the checkpoint holds exactly the tensors of the map, in shape and of a float
+    dtype.
+
+    Rotary `inv_freq` buffers are ignored. With tied embeddings `lm_head.weight` may be stored too, but only
+    as the same bytes as the embedding: anything else is an untied model under a wrong config. Values are not
+    looked at.
+    """
+    where, expected = reader.directory, hf_tensors(weights)
+    found = model_tensors(reader)
+    if missing := [name for name in expected if name not in reader.tensors]:
+        raise ModelError(
+            f"{where}: weight {missing[0]} {list(expected[missing[0]].shape)} is missing{and_more(missing)}; "
+            f"the files do not fit config.json"
+        )
+    if surplus := [name for name in found if name not in expected and name != LM_HEAD]:
+        raise ModelError(
+            f"{where}: weight {shown(surplus[0])} has no place in the model{and_more(surplus)}; "
+            f"the files do not fit config.json"
+        )
+    shapes = {name: tuple(reader.tensors[name].shape) for name in expected}
+    if wrong := [name for name in expected if shapes[name] != tuple(expected[name].shape)]:
+        raise ModelError(
+            f"{where}: weight {wrong[0]} has shape {list(shapes[wrong[0]])}, config.json asks for "
+            f"{list(expected[wrong[0]].shape)}{and_more(wrong)}"
+        )
+    for name in expected:
+        if reader.tensors[name].dtype not in WEIGHT_DTYPES:
+            raise ModelError(
+                f"{where}: weight {name} has dtype {reader.tensors[name].stored_dtype}, a quantised source; "
+                f"convert from the bf16 checkpoint"
+            )
+    if LM_HEAD in found and LM_HEAD not in expected and not _same_bytes(reader, LM_HEAD, EMBEDDING):
+        raise ModelError(
+            f"{where}: config.json says tie_word_embeddings, but {LM_HEAD} differs from {EMBEDDING}; "
+            f"set tie_word_embeddings to false, or remove {LM_HEAD}"
+        )
+
+
+def _same_bytes(reader: HfReader, first: str, second: str) -> bool:
+    a, b = reader.tensors[first], reader.tensors[second]
+    if (a.shape, a.stored_dtype) != (b.shape, b.stored_dtype):
+        return False
+    return torch.equal(reader.read(first).view(torch.uint8), reader.read(second).view(torch.uint8))

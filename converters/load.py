@@ -1,0 +1,52 @@
+"""Hugging Face weights into the Megatron model of a running rank; only the bytes of its own part are read."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from converters.hf_files import HfReader, check_weights
+from converters.mapping import Weight, weight_map
+from engine.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from engine.model.provider import BraidGPTModel
+    from engine.runtime.mcore import Groups
+
+
+@torch.no_grad()
+def load_model_weights(
+    chunks: Sequence["BraidGPTModel"], model_dir: str | Path, spec: ModelSpec, groups: "Groups"
+) -> None:
+    """Fill every parameter of this rank's model chunks from a Hugging Face directory, cast to the model's
+    dtype.
+
+    Raises ModelError if a tensor is missing, surplus, mis-shaped or unreadable.
+    """
+    from engine.model.provider import named_weights
+
+    weights, reader = weight_map(spec), HfReader(model_dir)
+    check_weights(reader, weights)
+    parameters = list(named_weights(chunks, groups.layout, groups.pp_rank))
+    parts = local_tensors(
+        reader, weights, (p.name for p in parameters), tp_rank=groups.tp_rank, tp_size=groups.layout.tp
+    )
+    for weight, (name, part) in zip(parameters, parts, strict=True):
+        assert part.shape == weight.parameter.shape, f"{name}: {part.shape} is not {weight.parameter.shape}"
+        weight.parameter.copy_(part)
+
+
+def local_tensors(
+    reader: HfReader, weights: Mapping[str, Weight], names: Iterable[str], *, tp_rank: int, tp_size: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (canonical name, this tensor-parallel rank's part) for each of `names`, one tensor in memory at a
+    time.
+
+    The part has the shape of the Megatron parameter, vocabulary padding included, and the stored dtype. With
+    tied embeddings the last pipeline stage asks for `embedding.word_embeddings.weight`, of which its output
+    layer is a copy.
+    """
+    for name in names:
+        yield name, weights[name].to_megatron(reader.read_slice, tp_rank, tp_size)

@@ -1,0 +1,269 @@
+"""Hugging Face names and layouts <-> Megatron names and layouts, one table per model, both directions from
+it.
+
+Megatron names are those of Megatron-Core's Transformer Engine specification, which Megatron-LM stores; they
+are called canonical here. A tensor of a decoder layer is named with its index
+(`decoder.layers.3.mlp.linear_fc1.weight`).
+
+Shapes: `V` vocabulary, `H` hidden, `F` MLP width, `G` key/value heads (query groups), `R` query heads per
+group, `D` head dimension. "Full" means not sharded by tensor parallelism; the vocabulary padding is not part
+of it.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.model.spec import VOCAB_MULTIPLE, ModelSpec
+
+ReadSlice = Callable[[str, int, int, int], Tensor]
+"""`read(hf_name, axis, start, stop)`: elements [start, stop) along `axis` of a Hugging Face tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfTensor:
+    """A tensor of a Hugging Face checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight(ABC):
+    """One Megatron parameter and the Hugging Face tensors that it holds."""
+
+    name: str
+    """Canonical Megatron name."""
+
+    hf: tuple[HfTensor, ...]
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the full Megatron tensor."""
+
+    @abstractmethod
+    def to_megatron(self, read: ReadSlice, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        """The part of tensor-parallel rank `tp_rank`; reads only what that part needs. Defaults give the full
+        tensor.
+        """
+
+    @abstractmethod
+    def to_hf(self, full: Tensor) -> dict[str, Tensor]:
+        """The Hugging Face tensors inside the full Megatron tensor, contiguous."""
+
+    @abstractmethod
+    def merge(self, shards: list[Tensor]) -> Tensor:
+        """The full tensor from the parts of all tensor-parallel ranks, in rank order."""
+
+
+def _part(size: int, rank: int, ranks: int) -> tuple[int, int]:
+    assert size % ranks == 0, f"{size} is not a multiple of {ranks}"
+    return rank * size // ranks, (rank + 1) * size // ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replicated(Weight):
+    """The same tensor on every tensor-parallel rank (norms)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.hf[0].shape
+
+    def to_megatron(self, read: ReadSlice, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        return read(self.hf[0].name, 0, 0, self.hf[0].shape[0])
+
+    def to_hf(self, full: Tensor) -> dict[str, Tensor]:
+        return {self.hf[0].name: full.contiguous()}
+
+    def merge(self, shards: list[Tensor]) -> Tensor:
+        return shards[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharded(Weight):
+    """One tensor cut into equal parts along `axis` (0: column-parallel, 1: row-parallel linear)."""
+
+    axis: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.hf[0].shape
+
+    def to_megatron(self, read: ReadSlice, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        start, stop = _part(self.shape[self.axis], tp_rank, tp_size)
+        return read(self.hf[0].name, self.axis, start, stop)
+
+    def to_hf(self, full: Tensor) -> dict[str, Tensor]:
+        return {self.hf[0].name: full.contiguous()}
+
+    def merge(self, shards: list[Tensor]) -> Tensor:
+        return torch.cat(shards, dim=self.axis)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary(Weight):
+    """Embedding or LM head [V, H], cut along V after padding; a shard's rows beyond V are zero."""
+
+    multiple: int
+    """V is padded to a multiple of lcm(multiple, tp_size)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.hf[0].shape
+
+    def padded_rows(self, tp_size: int) -> int:
+        """Rows of the padded tensor under `tp_size` ranks."""
+        multiple = math.lcm(self.multiple, tp_size)
+        return -(-self.shape[0] // multiple) * multiple
+
+    def to_megatron(self, read: ReadSlice, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        rows = self.shape[0]
+        start, stop = _part(self.padded_rows(tp_size), tp_rank, tp_size)
+        known = read(self.hf[0].name, 0, min(start, rows), min(stop, rows))
+        if known.shape[0] == stop - start:
+            return known
+        return torch.cat([known, known.new_zeros(stop - start - known.shape[0], self.shape[1])])
+
+    def to_hf(self, full: Tensor) -> dict[str, Tensor]:
+        return {self.hf[0].name: full[: self.shape[0]].contiguous()}
+
+    def merge(self, shards: list[Tensor]) -> Tensor:
+        return torch.cat(shards)[: self.shape[0]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedQKV(Weight):
+    """q, k and v (weights [*, H] or biases [*]) interleaved per query group: [G, (R + 2) * D, ...] flattened
+    to rows.
+
+    A tensor-parallel rank holds whole groups.
+    """
+
+    groups: int
+    heads_per_group: int
+    head_dim: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.groups * (self.heads_per_group + 2) * self.head_dim, *self.hf[0].shape[1:])
+
+    def _rows(self) -> tuple[int, int, int]:
+        """Rows of a group's q, k and v."""
+        return self.heads_per_group * self.head_dim, self.head_dim, self.head_dim
+
+    def to_megatron(self, read: ReadSlice, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        first, last = _part(self.groups, tp_rank, tp_size)
+        parts = []
+        for tensor, rows in zip(self.hf, self._rows(), strict=True):
+            part = read(tensor.name, 0, first * rows, last * rows)
+            parts.append(part.reshape(last - first, rows, *part.shape[1:]))
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def to_hf(self, full: Tensor) -> dict[str, Tensor]:
+        grouped = full.reshape(self.groups, -1, *full.shape[1:]).split(self._rows(), dim=1)
+        return {
+            tensor.name: part.flatten(0, 1).contiguous()
+            for tensor, part in zip(self.hf, grouped, strict=True)
+        }
+
+    def merge(self, shards: list[Tensor]) -> Tensor:
+        return torch.cat(shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedMLP(Weight):
+    """gate and up [F, H] one above the other, [2F, H]; rank i of a tensor-parallel group holds [gate_i;
+    up_i].
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (2 * self.hf[0].shape[0], *self.hf[0].shape[1:])
+
+    def to_megatron(self, read: ReadSlice, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        start, stop = _part(self.hf[0].shape[0], tp_rank, tp_size)
+        return torch.cat([read(tensor.name, 0, start, stop) for tensor in self.hf])
+
+    def to_hf(self, full: Tensor) -> dict[str, Tensor]:
+        gate, up = full.chunk(2)
+        return {self.hf[0].name: gate.contiguous(), self.hf[1].name: up.contiguous()}
+
+    def merge(self, shards: list[Tensor]) -> Tensor:
+        gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        return torch.cat([*gates, *ups])
+
+
+def weight_map(spec: ModelSpec) -> dict[str, Weight]:
+    """Every Megatron parameter of the model by canonical name, in pipeline order.
+
+    With tied embeddings `output_layer.weight` is absent: the last pipeline stage holds a copy of the
+    embedding, and neither checkpoint format stores it.
+    """
+    embedding = HfTensor(name="model.embed_tokens.weight", shape=(spec.vocab_size, spec.hidden_size))
+    weights: list[Weight] = [_vocabulary("embedding.word_embeddings.weight", embedding)]
+    for layer in range(spec.num_layers):
+        weights += _layer(spec, layer)
+    final_norm = HfTensor(name="model.norm.weight", shape=(spec.hidden_size,))
+    weights.append(Replicated(name="decoder.final_layernorm.weight", hf=(final_norm,)))
+    if not spec.tied_embeddings:
+        head = HfTensor(name="lm_head.weight", shape=(spec.vocab_size, spec.hidden_size))
+        weights.append(_vocabulary("output_layer.weight", head))
+    return {weight.name: weight for weight in weights}
+
+
+def hf_tensors(weights: Mapping[str, Weight]) -> dict[str, HfTensor]:
+    """Every Hugging Face tensor that the map covers, by name."""
+    return {tensor.name: tensor for weight in weights.values() for tensor in weight.hf}
+
+
+def _vocabulary(name: str, tensor: HfTensor) -> Vocabulary:
+    return Vocabulary(name=name, hf=(tensor,), multiple=VOCAB_MULTIPLE)
+
+
+def _layer(spec: ModelSpec, layer: int) -> list[Weight]:
+    megatron, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+    hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
+    q_rows, kv_rows = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
+
+    def tensor(name: str, *shape: int) -> HfTensor:
+        return HfTensor(name=hf + name, shape=shape)
+
+    def qkv(name: str, kind: str, *columns: int) -> FusedQKV:
+        rows = {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}
+        return FusedQKV(
+            name=megatron + name,
+            hf=tuple(tensor(f"self_attn.{part}.{kind}", count, *columns) for part, count in rows.items()),
+            groups=spec.num_query_groups,
+            heads_per_group=spec.heads_per_group,
+            head_dim=spec.head_dim,
+        )
+
+    def norm(name: str, source: str, size: int) -> Replicated:
+        return Replicated(name=megatron + name, hf=(tensor(source, size),))
+
+    weights: list[Weight] = [
+        norm("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", hidden),
+        qkv("self_attention.linear_qkv.weight", "weight", hidden),
+    ]
+    if spec.qkv_bias:
+        weights.append(qkv("self_attention.linear_qkv.bias", "bias"))
+    if spec.qk_norm:
+        weights.append(norm("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", spec.head_dim))
+        weights.append(norm("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", spec.head_dim))
+    proj, down = (
+        tensor("self_attn.o_proj.weight", hidden, q_rows),
+        tensor("mlp.down_proj.weight", hidden, ffn),
+    )
+    gate, up = tensor("mlp.gate_proj.weight", ffn, hidden), tensor("mlp.up_proj.weight", ffn, hidden)
+    return [
+        *weights,
+        Sharded(name=megatron + "self_attention.linear_proj.weight", hf=(proj,), axis=1),
+        norm("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", hidden),
+        GatedMLP(name=megatron + "mlp.linear_fc1.weight", hf=(gate, up)),
+        Sharded(name=megatron + "mlp.linear_fc2.weight", hf=(down,), axis=1),
+    ]

@@ -1,0 +1,239 @@
+"""The options of a command, one keyword-only dataclass per concern.
+
+Field names are the flags (`--learning_rate`) and the YAML keys (`learning_rate:`). The string under a field is its help
+text: `braid sft --help` prints it, so it is written once.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class ModelOptions:
+    """Which checkpoint is trained, and in which arithmetic."""
+
+    model: str | None = None
+    """Directory of a Hugging Face Qwen checkpoint (config.json, safetensors, tokenizer)."""
+
+    train_type: Literal["full", "lora"] = "full"
+    """Train every weight, or LoRA adapters."""
+
+    torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Arithmetic of the run; the optimizer keeps fp32 master weights. Default: bfloat16 on CUDA, float32 on CPU."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run; auto takes CUDA where a GPU is visible."""
+
+    transformer_impl: Literal["auto", "torch", "te"] = "auto"
+    """Layers of plain torch, or of Transformer Engine where it is installed (auto: on CUDA, where it imports)."""
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """Rows and how they become token sequences."""
+
+    dataset: list[str] = field(default_factory=list)
+    """JSONL, JSON or Parquet files, or hub ids; `name#N` samples N rows."""
+
+    val_dataset: list[str] = field(default_factory=list)
+    """Files for evaluation; overrides split_dataset_ratio."""
+
+    split_dataset_ratio: float = 0.0
+    """Share of the rows of `dataset` held out for evaluation, 0 <= ratio < 1."""
+
+    system: str | None = None
+    """System message for rows that bring none."""
+
+    max_length: int = 2048
+    """Longest sequence, in tokens."""
+
+    truncation_strategy: Literal["delete", "left", "right"] = "delete"
+    """What happens to a row longer than max_length: drop it, cut its start, or cut its end."""
+
+    dataloader_num_workers: int = 1
+    """Background threads that assemble micro-batches ahead of the step; 0 assembles them in the step."""
+
+
+@dataclass(kw_only=True)
+class BatchOptions:
+    """How rows become steps."""
+
+    num_train_epochs: float = 1.0
+    """Passes over the rows; a fraction ends within a pass."""
+
+    max_steps: int | None = None
+    """Optimizer steps; overrides num_train_epochs."""
+
+    per_device_train_batch_size: int = 1
+    """Rows of a micro-batch."""
+
+    per_device_eval_batch_size: int = 1
+    """Rows of a micro-batch in evaluation."""
+
+    gradient_accumulation_steps: int | None = None
+    """Micro-batches a data-parallel rank adds up per step (default 1, or what global_batch_size needs)."""
+
+    global_batch_size: int | None = None
+    """Rows of a step over all data-parallel ranks; sets gradient_accumulation_steps."""
+
+
+@dataclass(kw_only=True)
+class OptimizerOptions:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-5
+    """Peak learning rate."""
+
+    min_lr: float = 0.0
+    """Learning rate at the end of a cosine or linear schedule."""
+
+    warmup_ratio: float = 0.05
+    """Share of the steps in which the learning rate rises linearly from zero."""
+
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the schedule after the warm-up."""
+
+    weight_decay: float = 0.1
+    """Decoupled weight decay; biases and norms are left out."""
+
+    adam_beta1: float = 0.9
+    """First-moment decay."""
+
+    adam_beta2: float = 0.95
+    """Second-moment decay."""
+
+    adam_epsilon: float = 1e-8
+    """Term that keeps the update finite."""
+
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
+
+    use_distributed_optimizer: bool = True
+    """Shard optimizer states over the data-parallel ranks (ZeRO-1)."""
+
+    overlap_grad_reduce: bool = True
+    """Reduce gradients while the backward pass still runs (data-parallel size > 1)."""
+
+    overlap_param_gather: bool = True
+    """Gather updated parameters while the next forward pass runs (distributed optimizer, data-parallel size > 1)."""
+
+
+@dataclass(kw_only=True)
+class RecomputeOptions:
+    """Activation checkpointing."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass; granularity full unless set."""
+
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute whole layers, or the core attention only."""
+
+    recompute_method: Literal["uniform", "block"] | None = None
+    """Which layers full recomputation takes (default uniform)."""
+
+    recompute_num_layers: int | None = None
+    """Layers of a recomputed group (uniform), or recomputed layers per stage (block); default 1."""
+
+
+@dataclass(kw_only=True)
+class ParallelOptions:
+    """Degrees of parallelism; what is left of the world is data parallelism."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share the matrices of a layer."""
+
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the layers."""
+
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank (interleaved schedule)."""
+
+    context_parallel_size: int = 1
+    """Ranks that share a sequence."""
+
+    cp_comm_type: Literal["all_gather", "a2a", "p2p"] = "all_gather"
+    """How context-parallel ranks exchange keys and values."""
+
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of a layer."""
+
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share the matrices of an expert (default 1)."""
+
+    sequence_parallel: bool | None = None
+    """Split norms and dropout over the tensor-parallel ranks; on whenever tensor_model_parallel_size > 1."""
+
+    decoder_layers_per_stage: list[int] | None = None
+    """Layers of every model chunk in pipeline order, where an even split is not wanted."""
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """What a run leaves behind and how it is watched."""
+
+    output_dir: str | None = None
+    """Directory for checkpoints, exports and logs; created, and must be empty unless the run is resumed."""
+
+    seed: int = 42
+    """Seed of the data order and of every random generator."""
+
+    logging_steps: int = 1
+    """Steps between log lines."""
+
+    eval_steps: int | None = None
+    """Steps between evaluations; default: at the end, where there are rows to evaluate."""
+
+    save_steps: int | None = None
+    """Steps between checkpoints; the last step is always saved."""
+
+    save_total_limit: int | None = None
+    """Checkpoints kept; older ones are removed."""
+
+    resume_from_checkpoint: str | None = None
+    """A checkpoint directory, or `auto` for the newest complete one in output_dir (a fresh start if there is none)."""
+
+    async_save: bool = False
+    """Write checkpoints beside training. Not built yet: refused."""
+
+    deterministic: bool = False
+    """Deterministic kernels only; CPU runs are deterministic without it."""
+
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Where metrics go besides metrics.jsonl: tensorboard or none."""
+
+    dry_run: bool = False
+    """Print the resolved configuration, the rank grid and the steps, and stop."""
+
+
+@dataclass(kw_only=True)
+class LaunchOptions:
+    """Processes and nodes; the environment variables of the same names in capitals do the same."""
+
+    nproc_per_node: int | None = None
+    """Processes on this node (default 1, or the number of visible GPUs)."""
+
+    nnodes: int | None = None
+    """Nodes of the run."""
+
+    node_rank: int | None = None
+    """Index of this node."""
+
+    master_addr: str | None = None
+    """Address of node 0."""
+
+    master_port: int | None = None
+    """Free port on node 0."""
+
+
+@dataclass(kw_only=True)
+class SftConfig:
+    """Everything `braid sft` is told, grouped by concern."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    batch: BatchOptions = field(default_factory=BatchOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    recompute: RecomputeOptions = field(default_factory=RecomputeOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+    launch: LaunchOptions = field(default_factory=LaunchOptions)

@@ -1,0 +1,114 @@
+"""From the data options of a run to its token stores."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.config.options import DataOptions
+from engine.data.sources import Row, load_rows, split_rows
+from engine.data.store import TokenStore, build_store, open_store
+from engine.data.template import ChatTemplate
+from engine.errors import ConfigError, DataError
+
+# Padding is masked everywhere, so any id that every vocabulary has will do.
+PAD_ID = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedData:
+    """The rows of a run as tokens."""
+
+    train: TokenStore
+    evaluation: TokenStore | None
+
+    def fingerprints(self) -> list[str]:
+        """What another process needs to open the same stores from the cache."""
+        return [store.fingerprint for store in (self.train, self.evaluation) if store is not None]
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise DataError if the tokenizer makes ids that the model's embedding does not have."""
+        for store in (self.train, self.evaluation):
+            if store is not None and (largest := store.largest_id) >= vocab_size:
+                raise DataError(
+                    f"the tokenizer makes token id {largest}, but the model's vocab_size is {vocab_size}; "
+                    f"tokenizer and weights belong to different models"
+                )
+
+    def summary(self) -> str:
+        """How rows became sequences, a line for each store."""
+        lines = []
+        for name, store in (("train", self.train), ("eval", self.evaluation)):
+            if store is not None:
+                r = store.report
+                lines.append(
+                    f"{name}: {r.rows} rows -> {r.kept} sequences ({r.deleted} left out, {r.truncated} cut), "
+                    f"{r.tokens:,} tokens, {r.supervised_tokens:,} supervised, longest {r.longest}"
+                )
+        return "\n".join(lines)
+
+
+def cache_root() -> Path:
+    """Where tokenised data is kept: $BRAID_CACHE, or braid/ in the user's cache directory."""
+    base = os.environ.get("BRAID_CACHE")
+    return Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "braid"
+
+
+def check_options(options: DataOptions) -> None:
+    """Raise ConfigError for what is wrong without looking at any row."""
+    if not options.dataset:
+        raise ConfigError("no data set given; pass --dataset FILE.jsonl")
+    if not 0 <= options.split_dataset_ratio < 1:
+        raise ConfigError(f"split_dataset_ratio must be in [0, 1), not {options.split_dataset_ratio}")
+    if options.max_length < 2:
+        raise ConfigError(f"max_length must be at least 2, not {options.max_length}")
+    if options.dataloader_num_workers < 0:
+        raise ConfigError(f"dataloader_num_workers must not be negative, not {options.dataloader_num_workers}")
+
+
+def prepare(options: DataOptions, model_dir: str | Path, *, seed: int) -> PreparedData:
+    """Read, split, render and tokenise. Raises DataError or ConfigError naming the file and row at fault."""
+    check_options(options)
+    rows = load_rows(options.dataset, seed=seed)
+    held_out: Sequence[Row] = []
+    if options.val_dataset:
+        held_out = load_rows(options.val_dataset, seed=seed)
+    elif options.split_dataset_ratio > 0:
+        rows, held_out = split_rows(rows, options.split_dataset_ratio, seed)
+    template = ChatTemplate(load_tokenizer(model_dir))
+
+    def store(part: Sequence[Row]) -> TokenStore:
+        return build_store(
+            part,
+            template,
+            system=options.system,
+            max_length=options.max_length,
+            truncation_strategy=options.truncation_strategy,
+            cache_dir=cache_root() / "tokens",
+        )
+
+    return PreparedData(train=store(rows), evaluation=store(held_out) if held_out else None)
+
+
+def open_prepared(fingerprints: Sequence[str]) -> PreparedData | None:
+    """What another process of this machine prepared, or None where the cache does not hold it."""
+    stores = [open_store(cache_root() / "tokens", fingerprint) for fingerprint in fingerprints]
+    if any(store is None for store in stores):
+        return None
+    train, *rest = [store for store in stores if store is not None]
+    return PreparedData(train=train, evaluation=rest[0] if rest else None)
+
+
+def load_tokenizer(model_dir: str | Path) -> Any:
+    """The tokenizer of a model directory; nothing in the directory is executed. Raises DataError."""
+    if not any((Path(model_dir) / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+        raise DataError(f"{model_dir} has no tokenizer (tokenizer.json); copy the tokenizer files of the model there")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a broken tokenizer
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"the tokenizer of {model_dir} cannot be loaded: {reason}") from error

@@ -1,0 +1,32 @@
+"""What can go wrong, by whose doing.
+
+Every error that a user can cause derives from `UserError`: the command line prints its message as one line and ends
+with exit code 2. Anything else is a bug and keeps its traceback. A message names the file, key or value and says what
+to do about it.
+"""
+
+
+class UserError(Exception):
+    """An input cannot be used as it is. `str(error)` is one line that a user can act on."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A flag, a YAML key or an environment variable is unknown, contradictory or out of range."""
+
+
+class DataError(UserError):
+    """A data set, a row of it or the chat template cannot be used."""
+
+
+class ModelError(UserError):
+    """A model directory is incomplete, of an unsupported architecture, or its weights do not fit its configuration."""
+
+
+class CheckpointError(UserError):
+    """A Megatron checkpoint is missing, incomplete or does not belong to this run."""
+
+
+class OutputError(UserError):
+    """The output directory is in use or cannot be written."""

@@ -1,0 +1,135 @@
+"""Layers of plain torch for Megatron's decoder: what its local specification lacks, and nothing that must be compiled.
+
+Shape suffixes: T tokens of a micro-batch, N heads of this rank, D head dimension, H hidden size.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from engine.model.spec import RopeSpec
+
+
+@dataclasses.dataclass
+class DocumentParams(PackedSeqParams):
+    """Megatron's packed-sequence parameters plus what Braid's attention reads; travels to every layer of every stage."""
+
+    lengths: tuple[int, ...] = ()
+    """Tokens of each document, on the host, so that no layer waits for the device to learn them."""
+
+    cos: Tensor | None = None
+    """[T, 1, D] in the model's dtype; positions restart at 0 in every document."""
+
+    sin: Tensor | None = None
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over the last dimension, x / rms(x) * weight (Zhang and Sennrich, 2019).
+
+    Under sequence parallelism each rank sees part of the tokens; the weight is marked so that Megatron sums its gradient
+    over the tensor-parallel group.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class RotaryTable(torch.nn.Module):
+    """cos and sin of the rotary embedding for given positions, with the scaling that transformers applies."""
+
+    def __init__(self, rope: RopeSpec, *, head_dim: int, max_position_embeddings: int) -> None:
+        super().__init__()
+        inverse_frequencies, self.attention_scaling = _inverse_frequencies(rope, head_dim, max_position_embeddings)
+        self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """position_ids int64 [T] -> cos and sin, each [T, 1, D] of `dtype`."""
+        self.inverse_frequencies: Tensor
+        frequencies = position_ids.float()[:, None] * self.inverse_frequencies.to(position_ids.device)[None]
+        angles = torch.cat((frequencies, frequencies), dim=-1)[:, None]
+        scale = self.attention_scaling
+        return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+def _inverse_frequencies(rope: RopeSpec, head_dim: int, max_position_embeddings: int) -> tuple[Tensor, float]:
+    """[D / 2] float32 and the factor on cos and sin. Scaled kinds are computed by transformers, their definition."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
+    if rope.rope_type == "default":
+        return 1.0 / rope.theta**exponents, 1.0
+    from transformers import Qwen2Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = Qwen2Config(
+        hidden_size=head_dim,
+        num_attention_heads=1,
+        max_position_embeddings=max_position_embeddings,
+        rope_parameters={"rope_theta": rope.theta, "rope_type": rope.rope_type, **rope.parameters},
+    )
+    config.head_dim = head_dim
+    return ROPE_INIT_FUNCTIONS[rope.rope_type](config, torch.device("cpu"))
+
+
+def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + D/2) of every head by the position's angle (Su et al., 2021), in the input's dtype."""
+    first, second = x_TND.chunk(2, dim=-1)
+    return x_TND * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class CoreAttention(torch.nn.Module):
+    """Causal grouped-query attention over packed documents on torch's scaled_dot_product_attention.
+
+    Rotary embedding is applied here, by position id, instead of in Megatron's attention, which knows only positions
+    that run through the whole micro-batch.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **unused: Any
+    ) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+
+    def forward(
+        self,
+        query_TND: Tensor,
+        key_TND: Tensor,
+        value_TND: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: DocumentParams | None = None,
+    ) -> Tensor:
+        """[T, N, D] queries and [T, G, D] keys and values -> [T, N * D]. A token attends to its document up to itself."""
+        assert packed_seq_params is not None
+        assert packed_seq_params.cos is not None
+        assert packed_seq_params.sin is not None
+        query_TND = apply_rotary(query_TND, packed_seq_params.cos, packed_seq_params.sin)
+        key_TND = apply_rotary(key_TND, packed_seq_params.cos, packed_seq_params.sin)
+        lengths = packed_seq_params.lengths
+        if len(set(lengths)) == 1:
+            out = self._attend(query_TND, key_TND, value_TND, len(lengths))
+        else:
+            parts = (part.split(lengths) for part in (query_TND, key_TND, value_TND))
+            out = torch.cat([self._attend(*document, 1) for document in zip(*parts, strict=True)])
+        return out.flatten(1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents: int) -> Tensor:
+        """`documents` documents of one length, one after another: [T, N, D] -> [T, N, D]."""
+        q, k, v = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.transpose(1, 2).flatten(0, 1)

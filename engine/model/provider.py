@@ -1,0 +1,252 @@
+"""ModelSpec + layout -> Megatron GPTModel chunks of this rank, and the names of their parameters."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from engine.config.options import RecomputeOptions
+from engine.config.parallel import ParallelLayout
+from engine.errors import ConfigError
+from engine.model.layers import CoreAttention, DocumentParams, RMSNorm, RotaryTable
+from engine.model.spec import ModelSpec
+from engine.runtime import mcore
+from engine.runtime.platform import Platform
+
+# Where the torch layers keep a norm -> where Megatron's Transformer Engine layers keep it, the canonical name.
+CANONICAL_NORMS = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+
+class BraidGPTModel(GPTModel):
+    """Megatron's GPTModel with a rotary table by position id and a softmax that leaves out the vocabulary's padding."""
+
+    def __init__(self, *, spec: ModelSpec, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.spec = spec
+        self.rotary = RotaryTable(
+            spec.rope, head_dim=spec.head_dim, max_position_embeddings=spec.max_position_embeddings
+        )
+        # Only padding that this rank holds must be masked; for Qwen's published vocabularies there is none.
+        tp_rank, tp_size = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
+        rows = self.vocab_size // tp_size
+        self.first_padding_column = min(max(spec.vocab_size - tp_rank * rows, 0), rows)
+
+    def forward(self, input_ids: Tensor, document_params: DocumentParams, position_ids: Tensor, labels: Tensor) -> Tensor:
+        """input_ids, position_ids and labels int64 [1, T] -> loss per token [1, T] float32 on the last stage, hidden
+        states [T, 1, H] on others."""
+        document_params.cos, document_params.sin = self.rotary(position_ids[0], self.config.params_dtype)
+        return super().forward(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=None,
+            labels=labels,
+            packed_seq_params=document_params,
+        )
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross-entropy over the real vocabulary. labels [1, T], logits [T, 1, V / tp] -> [1, T]."""
+        if self.first_padding_column < logits.shape[-1]:
+            logits[..., self.first_padding_column :] = float("-inf")
+        return super().compute_language_model_loss(labels, logits)
+
+
+def transformer_config(
+    spec: ModelSpec, layout: ParallelLayout, platform: Platform, recompute: RecomputeOptions
+) -> TransformerConfig:
+    """Megatron's configuration of the model. Raises ConfigError where the options contradict each other."""
+    granularity, method, layers = _recompute(recompute)
+    bf16, fp16 = platform.dtype == torch.bfloat16, platform.dtype == torch.float16
+    values: dict[str, Any] = dict(
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_query_groups=spec.num_query_groups,
+        kv_channels=spec.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=spec.norm_epsilon,
+        qk_layernorm=spec.qk_norm,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=spec.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Weights are loaded over the initial ones at once, so initialising them would only cost time. Megatron still has
+        # to go through its initialisation: that is where it marks parameters as tensor-parallel.
+        init_method=_keep,
+        output_layer_init_method=_keep,
+        embedding_init_method=_keep,
+        perform_initialization=True,
+        use_cpu_initialization=False,
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        pipeline_model_parallel_layout=layout.megatron_layout(),
+        context_parallel_size=layout.cp,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=platform.dtype,
+        pipeline_dtype=platform.dtype,
+        bf16=bf16,
+        fp16=fp16,
+        # Micro-batches are as long as their rows; pipeline stages exchange the shape first.
+        variable_seq_lengths=True,
+        # Without effect on a dense model; Megatron refuses its default together with variable_seq_lengths.
+        moe_token_dispatcher_type="alltoall",
+        # Batched sends and receives of an interleaved schedule over two ranks would pair up wrongly.
+        overlap_p2p_comm=layout.vpp > 1,
+        batch_p2p_comm=layout.vpp == 1,
+        # The only normalisation that is right with masked tokens and uneven rows: one division by the step's tokens.
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=platform.use_te,
+        recompute_granularity=granularity,
+        recompute_method=method,
+        recompute_num_layers=layers,
+        distribute_saved_activations=False,
+    )
+    return TransformerConfig(**mcore.known_fields(TransformerConfig, values))
+
+
+def _keep(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _recompute(options: RecomputeOptions) -> tuple[str | None, str | None, int | None]:
+    """Megatron's recompute settings from transformers' switch and Megatron's own flags."""
+    granularity = options.recompute_granularity or ("full" if options.gradient_checkpointing else None)
+    if granularity != "full":
+        if options.recompute_method or options.recompute_num_layers:
+            raise ConfigError("recompute_method and recompute_num_layers need recompute_granularity full")
+        return granularity, None, None
+    if options.recompute_num_layers is not None and options.recompute_num_layers < 1:
+        raise ConfigError(f"recompute_num_layers must be at least 1, not {options.recompute_num_layers}")
+    return "full", options.recompute_method or "uniform", options.recompute_num_layers or 1
+
+
+def block_spec(config: TransformerConfig, platform: Platform, *, num_layers: int, vp_stage: int | None) -> Any:
+    """Megatron's specification of a chunk of `num_layers` decoder layers, with Braid's attention in it."""
+    if platform.use_te:
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+        from engine.model.te_layers import TECoreAttention
+
+        block = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage
+        )
+        for layer in block.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = TECoreAttention
+        return block
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    return TransformerBlockSubmodules(layer_specs=[_torch_layer_spec(config)] * num_layers, layer_norm=RMSNorm)
+
+
+def _torch_layer_spec(config: TransformerConfig) -> Any:
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    attention = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear,
+        core_attention=CoreAttention,
+        linear_proj=RowParallelLinear,
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=CANONICAL_NORMS,
+        ),
+    )
+
+
+def build_chunks(
+    spec: ModelSpec, layout: ParallelLayout, platform: Platform, recompute: RecomputeOptions, groups: mcore.Groups
+) -> list[BraidGPTModel]:
+    """The model chunks of this rank (one, or one per virtual stage), on its device, with unset weights."""
+    spec.check_tensor_parallel(layout.tp)
+    config = transformer_config(spec, layout, platform, recompute)
+    chunks = []
+    for index, vp_stage in enumerate(mcore.virtual_stages(layout)):
+        num_layers = len(layout.chunks_of(groups.pp_rank)[index])
+        pre_process, post_process = mcore.stage_flags(vp_stage)
+        chunk = BraidGPTModel(
+            spec=spec,
+            config=config,
+            transformer_layer_spec=block_spec(config, platform, num_layers=num_layers, vp_stage=vp_stage),
+            vocab_size=spec.padded_vocab_size(layout.tp),
+            max_sequence_length=spec.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            share_embeddings_and_output_weights=spec.tied_embeddings,
+            # Rotary embedding by position id happens in the core attention.
+            position_embedding_type="none",
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(platform.device))
+    return chunks
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedWeight:
+    """A parameter of this rank under its canonical Megatron name (see converters.mapping)."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    is_copy: bool
+    """The last pipeline stage's copy of tied embeddings, kept equal to the first stage's by Megatron."""
+
+
+def named_weights(
+    chunks: Sequence[BraidGPTModel], layout: ParallelLayout, pp_rank: int
+) -> Iterator[NamedWeight]:
+    """Every parameter of this rank. The last stage's copy of tied embeddings carries the embedding's name."""
+    for chunk, layers in zip(chunks, layout.chunks_of(pp_rank), strict=True):
+        for name, parameter in chunk.named_parameters():
+            yield NamedWeight(
+                name=canonical_name(name, first_layer=layers.start, tied=chunk.spec.tied_embeddings),
+                parameter=parameter,
+                is_copy=name == "output_layer.weight" and chunk.spec.tied_embeddings,
+            )
+
+
+def canonical_name(name: str, *, first_layer: int, tied: bool) -> str:
+    """The canonical name of a chunk's parameter `name`; `first_layer` is the global index of the chunk's first layer."""
+    if name == "output_layer.weight" and tied:
+        return "embedding.word_embeddings.weight"
+    prefix, found, rest = name.partition("decoder.layers.")
+    if not found or prefix:
+        return name
+    local, _, rest = rest.partition(".")
+    for torch_name, te_name in CANONICAL_NORMS.items():
+        if rest.startswith(torch_name):
+            rest = te_name + rest.removeprefix(torch_name)
+    return f"decoder.layers.{first_layer + int(local)}.{rest}"

@@ -1,0 +1,193 @@
+"""What a Hugging Face Qwen `config.json` says about the model: pure data, no torch, no Megatron.
+
+`ModelSpec` is the one description that the Megatron model, the weight mapping and the planner read.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.errors import ConfigError, ModelError
+
+# Megatron pads the vocabulary to a multiple of this (times TP); Qwen's published vocabularies divide by it already,
+# so that a stored checkpoint has the same shapes under every tensor-parallel degree that divides it.
+VOCAB_MULTIPLE = 128
+
+Family = Literal["qwen2", "qwen3"]
+ARCHITECTURES: Mapping[str, Family] = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+ROPE_TYPES = ("default", "linear", "yarn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeSpec:
+    """Rotary embedding: base period `theta` and, where `rope_type` is not "default", the scaling's parameters."""
+
+    theta: float
+    rope_type: str
+    parameters: Mapping[str, Any]
+    """The scaling entries as transformers reads them (`factor`, `original_max_position_embeddings`, ...)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A dense Qwen decoder. Sizes are counts of elements; names follow Megatron's TransformerConfig."""
+
+    architecture: str
+    family: Family
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    norm_epsilon: float
+    tied_embeddings: bool
+    qkv_bias: bool
+    qk_norm: bool
+    initializer_range: float
+    rope: RopeSpec
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_query_groups
+
+    def padded_vocab_size(self, tp_size: int) -> int:
+        """Rows of the embedding as Megatron stores it, padded so that `tp_size` ranks hold equal parts."""
+        multiple = math.lcm(VOCAB_MULTIPLE, tp_size)
+        return -(-self.vocab_size // multiple) * multiple
+
+    def num_parameters(self) -> int:
+        """Trainable weights, tied embeddings counted once, vocabulary padding left out."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_query_groups)
+        if self.qkv_bias:
+            attention += self.head_dim * (self.num_attention_heads + 2 * self.num_query_groups)
+        if self.qk_norm:
+            attention += 2 * self.head_dim
+        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return self.num_layers * layer + embeddings + self.hidden_size
+
+    def train_flops_per_token(self, sequence_length: float) -> float:
+        """Model FLOPs of forward and backward for one token of a causal document of `sequence_length` tokens.
+
+        6 x matmul weights (LM head included, embedding look-up not) + 6 x layers x heads*head_dim x sequence (the
+        causal half); recomputation earns no credit. For Qwen2 heads*head_dim is the hidden size.
+        """
+        width = self.num_attention_heads * self.head_dim
+        matmul = self.num_layers * (
+            self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_query_groups)
+            + 3 * self.hidden_size * self.ffn_hidden_size
+        )
+        matmul += self.vocab_size * self.hidden_size
+        return 6.0 * matmul + 6.0 * self.num_layers * width * sequence_length
+
+    def check_tensor_parallel(self, tp_size: int) -> None:
+        """Raise ConfigError unless `tp_size` ranks can share heads, key/value heads and the MLP evenly."""
+        for what, count in (
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.num_query_groups),
+            ("intermediate_size", self.ffn_hidden_size),
+        ):
+            if count % tp_size:
+                raise ConfigError(
+                    f"tensor_model_parallel_size {tp_size} does not divide the model's {what} {count}; "
+                    f"choose a divisor of {count}"
+                )
+
+
+def read_hf_config(model_dir: str | Path) -> dict[str, Any]:
+    """The parsed `config.json` of a model directory. Raises ModelError if it is missing or not a JSON object."""
+    path = Path(model_dir) / "config.json"
+    if not Path(model_dir).is_dir():
+        raise ModelError(f"model directory {model_dir} does not exist; pass a directory with a Hugging Face checkpoint")
+    if not path.is_file():
+        raise ModelError(f"{model_dir} has no config.json; pass a directory with a Hugging Face checkpoint")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not readable JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} must hold a JSON object")
+    return config
+
+
+def load_model_spec(model_dir: str | Path) -> ModelSpec:
+    """Read and check `config.json` of `model_dir`. Raises ModelError for what Braid cannot train."""
+    return model_spec_from_config(read_hf_config(model_dir), where=str(Path(model_dir) / "config.json"))
+
+
+def model_spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -> ModelSpec:
+    """The spec of a parsed Hugging Face configuration; `where` names it in errors (ModelError)."""
+    names = config.get("architectures") or []
+    architecture = names[0] if isinstance(names, list) and names else None
+    if architecture not in ARCHITECTURES:
+        raise ModelError(
+            f"{where}: architecture {architecture} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
+        )
+    _refuse_unsupported(config, where)
+    family = ARCHITECTURES[architecture]
+    hidden, heads = _size(config, "hidden_size", where), _size(config, "num_attention_heads", where)
+    groups = _size(config, "num_key_value_heads", where, default=heads)
+    # transformers' Qwen3Config falls back to 128 whatever the hidden size is; Qwen2's to hidden / heads.
+    head_dim = config.get("head_dim") or (128 if family == "qwen3" else None)
+    if head_dim is None:
+        if hidden % heads:
+            raise ModelError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+        head_dim = hidden // heads
+    if heads % groups:
+        raise ModelError(f"{where}: num_key_value_heads {groups} does not divide num_attention_heads {heads}")
+    return ModelSpec(
+        architecture=architecture,
+        family=family,
+        num_layers=_size(config, "num_hidden_layers", where),
+        hidden_size=hidden,
+        ffn_hidden_size=_size(config, "intermediate_size", where),
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        head_dim=int(head_dim),
+        vocab_size=_size(config, "vocab_size", where),
+        max_position_embeddings=_size(config, "max_position_embeddings", where, default=32768),
+        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        initializer_range=float(config.get("initializer_range", 0.02)),
+        rope=_rope(config, where),
+    )
+
+
+def _size(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"{where}: {key} must be a positive integer, not {value!r}")
+    return value
+
+
+def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
+    if config.get("quantization_config"):
+        raise ModelError(f"{where}: quantization_config is set; train from the unquantised checkpoint")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ModelError(f"{where}: hidden_act {config['hidden_act']!r} is not supported, only silu")
+    if config.get("use_sliding_window"):
+        raise ModelError(f"{where}: use_sliding_window is true; sliding-window attention is not supported")
+    if config.get("attention_bias"):
+        raise ModelError(f"{where}: attention_bias is true; only Qwen2's built-in q/k/v biases are supported")
+
+
+def _rope(config: Mapping[str, Any], where: str) -> RopeSpec:
+    """Read both spellings: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (hub files)."""
+    parameters = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    theta = parameters.pop("rope_theta", config.get("rope_theta", 10000.0))
+    rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    parameters.pop("type", None)
+    if rope_type not in ROPE_TYPES:
+        raise ModelError(f"{where}: rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+    return RopeSpec(theta=float(theta), rope_type=rope_type, parameters=parameters)

@@ -1,0 +1,40 @@
+"""Layers of Transformer Engine, adapted to Braid's packed documents. Import only where Transformer Engine is installed."""
+
+from typing import Any
+
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from torch import Tensor
+
+from engine.model.layers import DocumentParams, apply_rotary
+
+
+class TECoreAttention(TEDotProductAttention):
+    """Transformer Engine's fused attention, with the rotary embedding applied by position id as in CoreAttention."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: DocumentParams | None = None,
+        **arguments: Any,
+    ) -> Tensor:
+        """[T, N, D] queries and [T, G, D] keys and values -> [T, N * D]."""
+        assert packed_seq_params is not None
+        assert packed_seq_params.cos is not None
+        assert packed_seq_params.sin is not None
+        query = apply_rotary(query, packed_seq_params.cos, packed_seq_params.sin)
+        key = apply_rotary(key, packed_seq_params.cos, packed_seq_params.sin)
+        return super().forward(
+            query,
+            key,
+            value,
+            attention_mask,
+            attn_mask_type=attn_mask_type,
+            attention_bias=attention_bias,
+            packed_seq_params=packed_seq_params,
+            **arguments,
+        )

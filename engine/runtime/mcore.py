@@ -1,0 +1,219 @@
+"""The one place that knows which Megatron-Core is installed, and the only user of its `parallel_state`.
+
+Megatron-Core 0.16.1 and 0.19.2 are supported. What differs between them, and what a CPU or a GPU without Transformer
+Engine needs adapted, is done here, so that the rest of the engine calls one interface.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import logging
+import os
+import queue
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine.config.parallel import ParallelLayout
+from engine.runtime.platform import Platform
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The process groups of this rank, and its place in each."""
+
+    layout: ParallelLayout
+    rank: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    """Data-parallel replicas with the same tensor, pipeline and context rank."""
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.layout.pp - 1
+
+    @property
+    def reports_loss(self) -> bool:
+        """One rank per data-parallel replica, on the stage that computes the loss."""
+        return self.is_last_stage and self.tp_rank == 0
+
+
+def initialize(layout: ParallelLayout, platform: Platform, *, seed: int, deterministic: bool = False) -> Groups:
+    """Create Megatron's process groups over an initialised default group, and seed every generator.
+
+    `deterministic` makes torch refuse kernels whose result depends on timing; CPU kernels are deterministic anyway.
+    """
+    from megatron.core import parallel_state
+
+    adapt_megatron(platform)
+    if deterministic and not platform.is_cpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        context_parallel_size=layout.cp,
+        create_gloo_process_groups=platform.is_cpu,
+    )
+    seed_everything(seed)
+    return Groups(
+        layout=layout,
+        rank=dist.get_rank(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=False),
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(with_context_parallel=False),
+    )
+
+
+def destroy() -> None:
+    """Forget Megatron's process groups and buffers, so that another layout can be opened in the same process."""
+    from megatron.core import parallel_state
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+
+    parallel_state.destroy_model_parallel()
+    with contextlib.suppress(AssertionError):
+        unset_num_microbatches_calculator()
+    # Megatron forgets some groups only when it makes new ones, and modules hold others in reference cycles; each gloo
+    # group that lives on keeps three threads running.
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
+    gc.collect()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch alike on all ranks, and Megatron's tracker differently per model-parallel rank."""
+    import random
+
+    import numpy as np
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every random generator of this rank."""
+    import random
+
+    import numpy as np
+    from megatron.core import tensor_parallel
+
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned."""
+    import random
+
+    import numpy as np
+    from megatron.core import tensor_parallel
+
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def adapt_megatron(platform: Platform) -> None:
+    """Give Megatron an AdamW where neither Transformer Engine nor apex brings one, and quiet its import chatter."""
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    # Column-parallel backward overlaps its all-reduce with a GEMM only if kernels launch in order; without sequence
+    # parallelism Megatron asserts this variable, with it it warns.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    import megatron.core.optimizer as optimizer
+    import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+    import megatron.core.tensor_parallel.random as random
+
+    if platform.is_cpu:
+        random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+        random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    if optimizer.USING_PYTORCH_OPTIMIZER:
+        from engine.runtime.adam import FusedAdamW
+
+        optimizer.Adam = distributed_optimizer.Adam = FusedAdamW
+        optimizer.USING_PYTORCH_OPTIMIZER = False
+        distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_TE_OPTIMIZER = True
+
+
+    _save_in_process()
+
+
+def _save_in_process() -> None:
+    """Let the checkpoint writer write in this process.
+
+    Megatron hands its results through a manager process that it spawns (which imports the program again, and outlives
+    a rank that is killed), and 0.16.1 forks a process per file from one that runs gloo's threads.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()
+    writer = filesystem_async.FileSystemWriterAsync
+    if hasattr(writer, "write_preloaded_data_multiproc"):
+        writer.write_preloaded_data_multiproc = staticmethod(_write_buckets)
+
+
+def _write_buckets(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results_queue: Any) -> None:
+    """Stands for 0.16.1's write_preloaded_data_multiproc: one file after another; hands on results or the exception."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    results: dict[int, Any] | Exception = {}
+    for index, bucket in enumerate(buckets):
+        local_results: queue.Queue[Any] = queue.Queue()
+        to_count: queue.Queue[int] = queue.Queue()
+        to_count.put(index)
+        FileSystemWriterAsync.write_preloaded_data(
+            transforms,
+            local_proc_idx=index,
+            write_bucket=bucket,
+            results_queue=local_results,
+            count_queue=to_count,
+            use_fsync=True,
+        )
+        _, result = local_results.get()
+        if isinstance(result, Exception):
+            results = result
+            break
+        assert isinstance(results, dict)
+        results[index] = result
+    results_queue.put(results)
+
+
+def known_fields(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """`values` without the entries that this version's dataclass does not have."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def virtual_stages(layout: ParallelLayout) -> Iterator[int | None]:
+    """The `vp_stage` argument of each model chunk on this rank."""
+    yield from range(layout.vpp) if layout.vpp > 1 else [None]
+
+
+def stage_flags(vp_stage: int | None) -> tuple[bool, bool]:
+    """Whether this rank's chunk holds the embedding, and whether it holds the LM head."""
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+        parallel_state.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage),
+    )

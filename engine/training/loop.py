@@ -1,0 +1,143 @@
+"""The training loop: step, log, evaluate, save; and what it does when it starts from a checkpoint."""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+
+from engine.config.options import SftConfig
+from engine.data.loader import Loader
+from engine.model.spec import ModelSpec
+from engine.runtime.mcore import Groups
+from engine.runtime.platform import Platform
+from engine.training.checkpoint import layout_degrees, load_checkpoint, save_checkpoint
+from engine.training.metrics import MetricsLog, Throughput, step_line
+from engine.training.optimizer import set_learning_rate
+from engine.training.resume import TrainerState
+from engine.training.schedule import LearningRate
+from engine.training.step import StepTotals, evaluate, global_totals, train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """A run, ready to go. Every rank holds one; `fit` is called on all of them."""
+
+    config: SftConfig
+    spec: ModelSpec
+    platform: Platform
+    groups: Groups
+    models: Sequence[DistributedDataParallel]
+    optimizer: Any
+    schedule: LearningRate
+    train_data: Loader
+    eval_data: Loader | None
+    output_dir: Path
+    add_companions: Callable[[Path], None]
+    """Adds to a checkpoint directory what its export to Hugging Face needs (rank 0)."""
+
+    started: float
+    """time.monotonic() at the start of the program."""
+
+    def fit(self, resume: Path | None) -> Path:
+        """Train to the last step, from `resume` if given; returns the last checkpoint."""
+        run, plan = self.config.run, self.train_data.plan
+        state = self._initial_state()
+        if resume is not None:
+            state = load_checkpoint(resume, self.models, self.optimizer, self.groups)
+        log = MetricsLog(
+            self.output_dir, report_to=run.report_to, resumed_step=state.step, enabled=self.groups.rank == 0
+        )
+        speed = Throughput(self.platform, self.groups.layout.world_size, self.started)
+        tokens, last = state.tokens, resume
+        for batch in self.train_data.steps(state.step):
+            step = batch.step + 1
+            learning_rate = self.schedule(batch.step)
+            set_learning_rate(self.optimizer, learning_rate, self.config.optimizer.weight_decay)
+            result = train_step(self.models, self.optimizer, batch.micro_batches, self.platform.device)
+            totals = self._totals(result.losses, batch.micro_batches)
+            tokens += totals.tokens
+            speed.add(totals)
+            if step % run.logging_steps == 0 or step in (1, plan.total_steps):
+                record = {
+                    "step": step,
+                    "loss": totals.loss,
+                    "lr": learning_rate,
+                    "grad_norm": result.grad_norm,
+                    "tokens": tokens,
+                    **speed.take(steps_left=plan.total_steps - step),
+                }
+                log.write(record, step_line(record, plan.total_steps))
+            paused = time.monotonic()
+            if self._due(step, run.eval_steps):
+                self._evaluate(step, log)
+            if step == plan.total_steps or (run.save_steps and step % run.save_steps == 0):
+                last = self._save(step, tokens)
+            speed.pause(time.monotonic() - paused)
+        log.close()
+        assert last is not None, "a run has at least one step or a checkpoint"
+        return last
+
+    def _due(self, step: int, every: int | None) -> bool:
+        if self.eval_data is None:
+            return False
+        return step == self.train_data.plan.total_steps or bool(every and step % every == 0)
+
+    def _totals(self, losses: Any, micro_batches: Any) -> StepTotals:
+        return global_totals(losses, micro_batches, self.spec, self.groups, self.platform.device)
+
+    def _evaluate(self, step: int, log: MetricsLog) -> None:
+        assert self.eval_data is not None
+        with parameters_gathered(self.models):
+            batches = (batch.micro_batches for batch in self.eval_data.steps())
+            totals = evaluate(self.models, batches, self.spec, self.groups, self.platform.device)
+        record = {
+            "step": step,
+            "eval_loss": totals.loss,
+            "eval_perplexity": math.exp(min(totals.loss, 700.0)),
+            "eval_tokens": totals.tokens,
+        }
+        log.write(record, f"step {step}  eval loss {totals.loss:.4f}")
+
+    def _save(self, step: int, tokens: int) -> Path:
+        state = self._initial_state(step=step, tokens=tokens)
+        with parameters_gathered(self.models):
+            return save_checkpoint(
+                self.output_dir,
+                state,
+                self.models,
+                self.optimizer,
+                self.groups,
+                add_companions=self.add_companions,
+                keep=self.config.run.save_total_limit,
+            )
+
+    def _initial_state(self, *, step: int = 0, tokens: int = 0) -> TrainerState:
+        plan = self.train_data.plan
+        return TrainerState(
+            step=step,
+            total_steps=plan.total_steps,
+            global_batch_size=plan.global_batch_size,
+            num_rows=plan.num_rows,
+            data_fingerprint=self.train_data.store.fingerprint,
+            seed=self.config.run.seed,
+            tokens=tokens,
+            layout=layout_degrees(self.groups),
+        )
+
+
+@contextlib.contextmanager
+def parameters_gathered(models: Sequence[DistributedDataParallel]) -> Iterator[None]:
+    """With parameter gathering overlapped, an update reaches the model only in the next forward pass: gather it now."""
+    overlapped = [model for model in models if model.ddp_config.overlap_param_gather]
+    for model in overlapped:
+        model.disable_forward_pre_hook(param_sync=True)
+    try:
+        yield
+    finally:
+        for model in overlapped:
+            model.enable_forward_pre_hook()

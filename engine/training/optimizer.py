@@ -1,0 +1,86 @@
+"""Megatron's data-parallel wrapper and (distributed) optimizer around the model chunks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from engine.config.options import OptimizerOptions
+from engine.model.provider import BraidGPTModel
+from engine.runtime import mcore
+
+
+def wrap_data_parallel(
+    chunks: Sequence[BraidGPTModel], options: OptimizerOptions, groups: mcore.Groups
+) -> list[DistributedDataParallel]:
+    """Gradient buffers in fp32, reduced over the data-parallel ranks while the backward pass runs."""
+    overlap = groups.layout.dp > 1
+    values = dict(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_grad_reduce=overlap and options.overlap_grad_reduce,
+        overlap_param_gather=overlap and _overlaps_param_gather(options),
+        check_for_nan_in_grad=False,
+    )
+    config = DistributedDataParallelConfig(**mcore.known_fields(DistributedDataParallelConfig, values))
+    return [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=config,
+            module=chunk,
+            # Later chunks of an interleaved schedule reduce in one bucket, as Megatron's own trainer has it.
+            disable_bucketing=index > 0,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def _overlaps_param_gather(options: OptimizerOptions) -> bool:
+    # Megatron gathers ahead only where gradients are reduced ahead too.
+    return options.use_distributed_optimizer and options.overlap_grad_reduce and options.overlap_param_gather
+
+
+def build_optimizer(
+    models: Sequence[DistributedDataParallel], options: OptimizerOptions, groups: mcore.Groups, dtype: torch.dtype
+) -> Any:
+    """AdamW over fp32 master weights. Biases and norms (one-dimensional weights) take no weight decay."""
+    values = dict(
+        optimizer="adam",
+        lr=options.learning_rate,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_epsilon,
+        # With no limit the norm is still computed and reported, and nothing is scaled.
+        clip_grad=options.max_grad_norm if options.max_grad_norm > 0 else float("inf"),
+        use_distributed_optimizer=options.use_distributed_optimizer,
+        overlap_param_gather=groups.layout.dp > 1 and _overlaps_param_gather(options),
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        params_dtype=dtype,
+        log_num_zeros_in_grad=False,
+    )
+    config = OptimizerConfig(**mcore.known_fields(OptimizerConfig, values))
+    optimizer = get_megatron_optimizer(config, list(models))
+    _connect_schedules(models, optimizer)
+    return optimizer
+
+
+def _connect_schedules(models: Sequence[DistributedDataParallel], optimizer: Any) -> None:
+    """Tell Megatron's pipeline schedules how to reduce, scale and postpone gradients."""
+    config = models[0].module.config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if models[0].ddp_config.overlap_grad_reduce:
+        postpone = [model.no_sync for model in models]
+        config.no_sync_func = postpone if len(postpone) > 1 else postpone[0]
+
+
+def set_learning_rate(optimizer: Any, learning_rate: float, weight_decay: float) -> None:
+    """Set both for the coming step; Megatron keeps a multiplier of each per parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -1,0 +1,37 @@
+"""Learning rate by step, with the shapes of transformers' schedulers of the same names."""
+
+import math
+from dataclasses import dataclass
+
+from engine.config.options import OptimizerOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRate:
+    """`schedule(step)` for steps counted from 0. As in transformers, the first warm-up step has learning rate 0."""
+
+    peak: float
+    minimum: float
+    shape: str
+    warmup_steps: int
+    total_steps: int
+
+    @classmethod
+    def from_options(cls, options: OptimizerOptions, total_steps: int) -> "LearningRate":
+        """Warm-up steps are rounded up, as transformers' TrainingArguments does."""
+        return cls(
+            peak=options.learning_rate,
+            minimum=options.min_lr,
+            shape=options.lr_scheduler_type,
+            warmup_steps=math.ceil(total_steps * options.warmup_ratio),
+            total_steps=total_steps,
+        )
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.peak * step / max(1, self.warmup_steps)
+        if self.shape == "constant":
+            return self.peak
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        share = 0.5 * (1.0 + math.cos(math.pi * progress)) if self.shape == "cosine" else 1.0 - progress
+        return self.minimum + (self.peak - self.minimum) * share

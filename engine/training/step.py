@@ -1,0 +1,181 @@
+"""One optimizer step and one evaluation pass through Megatron's pipeline schedules."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from engine.data.batches import MicroBatch
+from engine.model.layers import DocumentParams
+from engine.model.spec import ModelSpec
+from engine.runtime.mcore import Groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceBatch:
+    """A micro-batch on the device. tokens, labels, position_ids int64 [1, T]; loss_mask float32 [1, T]."""
+
+    tokens: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    loss_mask: Tensor
+    num_supervised: Tensor
+    """int32 scalar."""
+
+    documents: DocumentParams
+
+    @classmethod
+    def place(cls, batch: MicroBatch, device: torch.device) -> "DeviceBatch":
+        """Copy a micro-batch to `device` without waiting for it."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        boundaries = batch.cu_seqlens.tolist()
+        cu_seqlens = move(batch.cu_seqlens)
+        return cls(
+            tokens=move(batch.tokens)[None],
+            labels=move(batch.labels)[None],
+            position_ids=move(batch.position_ids)[None],
+            loss_mask=move(batch.loss_mask)[None].float(),
+            num_supervised=move(torch.tensor(batch.num_supervised, dtype=torch.int32)),
+            documents=DocumentParams(
+                qkv_format="thd",
+                cu_seqlens_q=cu_seqlens,
+                cu_seqlens_kv=cu_seqlens,
+                max_seqlen_q=batch.max_seqlen,
+                max_seqlen_kv=batch.max_seqlen,
+                lengths=tuple(stop - start for start, stop in zip(boundaries, boundaries[1:], strict=False)),
+            ),
+        )
+
+
+def forward_step(iterator: Iterator[DeviceBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """What Megatron's schedules call for each micro-batch and chunk: the output, and how it becomes a loss."""
+    batch = next(iterator)
+    output = model(
+        batch.tokens, document_params=batch.documents, position_ids=batch.position_ids, labels=batch.labels
+    )
+    return output, partial(sum_loss, batch)
+
+
+def sum_loss(batch: DeviceBatch, loss_per_token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed loss, number of supervised tokens, and the detached sum for the log.
+
+    The sum is divided once, by the supervised tokens of the whole global batch (finalize_model_grads).
+    """
+    total = (loss_per_token * batch.loss_mask).sum()
+    return total, batch.num_supervised.clone(), total.detach()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTotals:
+    """Sums over the global batch, the same on every rank."""
+
+    loss: float
+    """Mean over supervised tokens, in nats; not a number where there are none."""
+
+    supervised: int
+    tokens: int
+    flops: float
+    """Model FLOPs, forward and backward; see ModelSpec.train_flops_per_token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one optimizer step leaves. Values stay on the device until somebody asks `totals`."""
+
+    losses: list[Tensor]
+    micro_batches: Sequence[MicroBatch]
+    grad_norm: float | None
+    updated: bool
+    """False where a loss-scaled step overflowed and the update was left out."""
+
+
+def run_pipeline(
+    models: Sequence[DistributedDataParallel],
+    batches: Sequence[MicroBatch],
+    *,
+    device: torch.device,
+    forward_only: bool,
+) -> list[Tensor]:
+    """Run all micro-batches through the schedule of the layout; loss sums on the last stage, an empty list elsewhere."""
+    placed = [DeviceBatch.place(batch, device) for batch in batches]
+    iterators = [iter(placed) for _ in models]
+    single = len(models) == 1
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators[0] if single else iterators,
+        model=list(models),
+        num_microbatches=len(placed),
+        # With variable_seq_lengths the stages exchange the real shapes; this only has to be consistent.
+        seq_length=max(batch.tokens.numel() for batch in batches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def train_step(
+    models: Sequence[DistributedDataParallel], optimizer: Any, batches: Sequence[MicroBatch], device: torch.device
+) -> StepResult:
+    """Forward, backward, gradient reduction, clipping and update for this rank's share of one global batch."""
+    for model in models:
+        model.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = run_pipeline(models, batches, device=device, forward_only=False)
+    updated, grad_norm, _ = optimizer.step()
+    return StepResult(
+        losses=losses,
+        micro_batches=batches,
+        grad_norm=None if grad_norm is None else float(grad_norm),
+        updated=bool(updated),
+    )
+
+
+def global_totals(
+    losses: Sequence[Tensor], batches: Iterable[MicroBatch], spec: ModelSpec, groups: Groups, device: torch.device
+) -> StepTotals:
+    """Add up loss and token counts over all ranks: one small all-reduce. Call on every rank."""
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    if groups.reports_loss:
+        if losses:
+            sums[0] = torch.stack(list(losses)).double().sum()
+        for batch in batches:
+            boundaries = batch.cu_seqlens.tolist()
+            # The tail that pads a micro-batch is a document too: real tokens come first.
+            lengths = [min(stop, batch.num_tokens) - start for start, stop in zip(boundaries, boundaries[1:], strict=False)]
+            sums[1] += batch.num_supervised
+            sums[2] += batch.num_tokens
+            sums[3] += sum(n * spec.train_flops_per_token(n) for n in lengths if n > 0)
+    dist.all_reduce(sums)
+    loss, supervised, tokens, flops = sums.tolist()
+    return StepTotals(
+        loss=loss / supervised if supervised else float("nan"), supervised=int(supervised), tokens=int(tokens), flops=flops
+    )
+
+
+@torch.no_grad()
+def evaluate(
+    models: Sequence[DistributedDataParallel],
+    steps: Iterable[Sequence[MicroBatch]],
+    spec: ModelSpec,
+    groups: Groups,
+    device: torch.device,
+) -> StepTotals:
+    """Mean loss over all supervised tokens of the evaluation rows, under the layout of the run."""
+    for model in models:
+        model.eval()
+    losses: list[Tensor] = []
+    seen: list[MicroBatch] = []
+    for batches in steps:
+        losses += run_pipeline(models, batches, device=device, forward_only=True)
+        seen += batches
+    for model in models:
+        model.train()
+    return global_totals(losses, seen, spec, groups, device)

@@ -1,0 +1,67 @@
+"""The `braid` command. Imports of torch and Megatron wait until a command needs them: `--help` answers at once."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from engine.errors import ConfigError, UserError
+
+USAGE = """usage: braid COMMAND [--config FILE.yaml] [--flag value ...]
+
+commands:
+  sft       train a Hugging Face Qwen checkpoint under tensor, pipeline and data parallelism
+  convert   Hugging Face checkpoint <-> Megatron checkpoint
+  verify    prove that two checkpoints hold the same model (exit code 0: the same, 1: not)
+
+braid COMMAND --help lists a command's flags. NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT start
+several processes; under torchrun or Slurm the same command is the worker."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0 good, 1 failed, 2 the user can mend it (one line says how)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if words else 2
+    name, rest = words[0], words[1:]
+    try:
+        command = _command(name)
+        return command(rest)
+    except UserError as error:
+        print(f"braid {name}: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"braid {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    # Each command imports its own module, so that one does not pay for the imports of another.
+    if name == "sft":
+        from launch.sft import sft
+
+        return sft
+    if name == "convert":
+        from launch.convert import convert
+
+        return convert
+    if name == "verify":
+        from launch.convert import verify
+
+        return verify
+    raise ConfigError(f"unknown command {name!r}; commands are sft, convert, verify")
+
+
+def run() -> None:
+    """Entry point of the console script and of `python -m launch.cli`."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.environ.get("RANK"):
+        # A worker has nothing left to do; daemon threads of gloo or NCCL can hold up an ordinary exit.
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run()

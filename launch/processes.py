@@ -1,0 +1,166 @@
+"""Starting the ranks of a run: which world this process belongs to, and torchrun's agent underneath.
+
+Whichever rank fails, the user sees one message: the one of the first rank that failed.
+"""
+
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config.options import LaunchOptions
+from engine.errors import ConfigError, UserError
+
+# Environment variables that mean the same as the flags; flags win.
+ENVIRONMENT: Mapping[str, str] = {
+    name.upper(): name for name in ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
+}
+_ERROR_DIR = "BRAID_ERROR_DIR"
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The processes of a run as this one sees them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    started: bool
+    """False in the process that still has to start the ranks."""
+
+
+def launch_environment() -> dict[str, str]:
+    """Launch options that the environment sets. Under torchrun or Slurm these variables describe the worker instead."""
+    if _worker_world() is not None:
+        return {}
+    return {option: os.environ[name] for name, option in ENVIRONMENT.items() if os.environ.get(name)}
+
+
+def find_world(options: LaunchOptions) -> World:
+    """This process's place, or the size of the world that has to be started. Raises ConfigError."""
+    worker = _worker_world()
+    if worker is not None:
+        return worker
+    local_size, nodes = options.nproc_per_node or 1, options.nnodes or 1
+    for name, value in (("nproc_per_node", local_size), ("nnodes", nodes)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, not {value}")
+    if nodes > 1:
+        if options.node_rank is None or options.master_addr is None or options.master_port is None:
+            raise ConfigError("NNODES > 1 needs NODE_RANK, MASTER_ADDR and MASTER_PORT on every node")
+        if not 0 <= options.node_rank < nodes:
+            raise ConfigError(f"node_rank must be in [0, {nodes}), not {options.node_rank}")
+    return World(rank=0, size=local_size * nodes, local_rank=0, local_size=local_size, started=False)
+
+
+def _worker_world() -> World | None:
+    """Set by torchrun (RANK, WORLD_SIZE), or by srun with several tasks (SLURM_PROCID, SLURM_NTASKS)."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        size = int(env["WORLD_SIZE"])
+        local_size = int(env.get("LOCAL_WORLD_SIZE", size))
+        local_rank = int(env.get("LOCAL_RANK", env["RANK"]))
+        return World(rank=int(env["RANK"]), size=size, local_rank=local_rank, local_size=local_size, started=True)
+    tasks = int(env.get("SLURM_NTASKS", "1"))
+    # An interactive allocation sets SLURM_NTASKS without being a step; srun's tasks have a step id that is a number.
+    if "SLURM_PROCID" in env and tasks > 1 and env.get("SLURM_STEP_ID", "").isdigit():
+        return World(
+            rank=int(env["SLURM_PROCID"]),
+            size=tasks,
+            local_rank=int(env.get("SLURM_LOCALID", "0")),
+            local_size=int(env.get("SLURM_NTASKS_PER_NODE", "") or tasks // int(env.get("SLURM_NNODES", "1"))),
+            started=True,
+        )
+    return None
+
+
+def open_world(world: World) -> None:
+    """Set the variables that torch.distributed reads, for a single process and under Slurm, where torchrun does not."""
+    os.environ.setdefault("RANK", str(world.rank))
+    os.environ.setdefault("WORLD_SIZE", str(world.size))
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(world.local_size))
+    if world.size > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError("MASTER_ADDR is not set; under Slurm export the first node's name, and MASTER_PORT")
+
+
+def run_worker(world: World, work: Callable[[], None], place: Callable[[], str]) -> int:
+    """Run a rank's work; a failure is reported once, by the launcher or by this rank. Returns the exit code."""
+    try:
+        work()
+        return 0
+    except UserError as error:
+        _report(world, str(error), error.exit_code, place())
+        return error.exit_code
+    except Exception:
+        _report(world, traceback.format_exc(), 1, place())
+        return 1
+
+
+def _report(world: World, message: str, code: int, place: str) -> None:
+    where = f" (rank {world.rank}, {place})" if world.size > 1 and place else ""
+    folder = os.environ.get(_ERROR_DIR)
+    if folder:
+        record = {"message": message, "code": code, "where": where, "time": time.time()}
+        partial = Path(folder, f"{world.rank}.partial")
+        partial.write_text(json.dumps(record), encoding="utf-8")
+        partial.rename(Path(folder, f"{world.rank}.json"))
+    elif place or world.rank == 0:
+        # Started by somebody else's torchrun: what goes wrong before the grid exists goes wrong on every rank alike.
+        print(_format(message, code, where), file=sys.stderr, flush=True)
+
+
+def _format(message: str, code: int, where: str) -> str:
+    return f"braid sft: error{where}: {message}" if code == 2 else f"braid sft: failed{where}:\n{message}"
+
+
+def start_processes(options: LaunchOptions, world: World, argv: Sequence[str]) -> int:
+    """Start this node's ranks with torch's elastic agent and wait for them. Returns the exit code of the run."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with tempfile.TemporaryDirectory(prefix="braid-") as folder:
+        os.environ[_ERROR_DIR] = folder
+        nodes = options.nnodes or 1
+        single = nodes == 1
+        config = LaunchConfig(
+            min_nodes=nodes,
+            max_nodes=nodes,
+            nproc_per_node=world.local_size,
+            run_id="braid" if not single else f"braid-{os.getpid()}",
+            rdzv_backend="c10d" if single else "static",
+            rdzv_endpoint="localhost:0" if single else f"{options.master_addr}:{options.master_port}",
+            rdzv_configs={"rank": options.node_rank or 0, "timeout": 900},
+            max_restarts=0,
+            # Rank 0 speaks; what other ranks print is kept only as long as the run.
+            logs_specs=DefaultLogsSpecs(
+                log_dir=folder, redirects={rank: Std.ALL for rank in range(1, world.local_size)}
+            ),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "launch.cli", *argv)
+            return 0
+        except ChildFailedError as error:
+            _, failure = error.get_first_failure()
+            return _first_error(Path(folder), failure.exitcode)
+
+
+def _first_error(folder: Path, exit_code: int) -> int:
+    """Print the message of the rank that failed first. A killed rank leaves none: say how it died."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
+    if not records:
+        how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
+        print(f"braid sft: failed: a rank ended with {how} and left no message", file=sys.stderr, flush=True)
+        return 1
+    first = min(records, key=lambda record: record["time"])
+    print(_format(first["message"], first["code"], first["where"]), file=sys.stderr, flush=True)
+    return int(first["code"])

@@ -1,0 +1,100 @@
+"""Tiny random Qwen checkpoints, made once a session by transformers itself."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+SIZES: dict[str, Any] = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "vocab_size": 1003,  # divides by nothing
+}
+KINDS = ("qwen2-tied", "qwen2", "qwen3")
+
+MakeModel = Callable[..., Path]
+
+
+def _build(kind: str, directory: Path, dtype: torch.dtype, shard_size: str) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    if kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=6, tie_word_embeddings=False))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=kind == "qwen2-tied"))
+    for (
+        parameter
+    ) in model.parameters():  # norms are ones and biases zeros otherwise, which hides a permutation
+        torch.nn.init.normal_(parameter)
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"):
+        (directory / name).write_bytes(b"\xef\xbb\xbf " + name.encode() + b"\r\n")
+    (directory / "modeling_evil.py").write_text("raise SystemExit")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
+    """`models(kind, dtype, shard_size)`: a directory shared by all tests, not to be changed."""
+    made: dict[tuple[str, torch.dtype, str], Path] = {}
+
+    def make(kind: str = "qwen3", dtype: torch.dtype = torch.bfloat16, shard_size: str = "5GB") -> Path:
+        key = (kind, dtype, shard_size)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("hf")
+            _build(kind, made[key], dtype, shard_size)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def model(models: MakeModel, tmp_path: Path) -> Path:
+    """A copy of the tied Qwen2 in one file, to be damaged at will."""
+    return Path(shutil.copytree(models("qwen2-tied"), tmp_path / "model"))
+
+
+@pytest.fixture
+def sharded(models: MakeModel, tmp_path: Path) -> Path:
+    """A copy of the Qwen3 in several files, to be damaged at will."""
+    return Path(shutil.copytree(models("qwen3", torch.bfloat16, "40KB"), tmp_path / "sharded"))
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a directory, by the safetensors library."""
+    result: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        part = load_file(file)
+        assert not result.keys() & part.keys()
+        result |= part
+    return result
+
+
+def change(model_dir: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Rewrite the tensors of a one-file model."""
+    tensors = load_file(model_dir / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, model_dir / "model.safetensors", {"format": "pt"})
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    value = json.loads(path.read_text())
+    edit(value)
+    path.write_text(json.dumps(value))
+
+
+def assert_identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    """The same names, shapes, dtypes and bytes."""
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert (tensor.dtype, tensor.shape) == (b[name].dtype, b[name].shape), name
+        assert torch.equal(tensor.reshape(-1).view(torch.uint8), b[name].reshape(-1).view(torch.uint8)), name

@@ -1,0 +1,252 @@
+"""Megatron's checkpoint format: Megatron reads ours, we read Megatron's, and damage or malice is refused."""
+
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from converters.companions import write_companions
+from converters.convert import to_hf, to_mcore
+from converters.dist_ckpt import DistReader, DistWriter, check_checkpoint, stacked_key
+from converters.hf_files import HfReader
+from converters.mapping import HfTensor, Sharded, Weight, weight_map
+from engine.errors import CheckpointError
+from engine.model.spec import load_model_spec
+
+from .conftest import MakeModel, assert_identical, tensors_of
+
+ROOT = Path(__file__).parents[2]
+QKV = "decoder.layers.1.self_attention.linear_qkv.weight"
+
+
+def test_megatron_loads_and_saves_the_checkpoint(models: MakeModel, tmp_path: Path) -> None:
+    """Every tensor-parallel rank gets its part, and what Megatron saves of it converts back to the source."""
+    jobs: list[str] = []
+    for tp_size, source in ((1, models("qwen2-tied")), (4, models("qwen2")), (2, models("qwen3"))):
+        to_mcore(source, tmp_path / f"mcore{tp_size}")
+        jobs += [str(tp_size), str(source), str(tmp_path / f"mcore{tp_size}")]
+    paths = [str(tmp_path / "store"), str(tmp_path / "saved")]
+    command = [sys.executable, "-m", "tests.converters.megatron_worker", *paths, *jobs]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    saved = DistReader(tmp_path / "saved")
+    assert "optimizer.state.exp_avg.x" in saved.tensors
+    assert len(saved.tensors[stacked_key(QKV).key].chunks) == 3 * 2  # layers, TP ranks
+    write_companions(models("qwen3"), tmp_path / "saved")
+    to_hf(tmp_path / "saved", tmp_path / "hf")
+    assert_identical(tensors_of(models("qwen3")), tensors_of(tmp_path / "hf"))
+
+
+def test_keys_and_shapes_are_megatrons(models: MakeModel, tmp_path: Path) -> None:
+    to_mcore(models("qwen3"), tmp_path / "mcore")
+    shapes = {key: tensor.shape for key, tensor in DistReader(tmp_path / "mcore").tensors.items()}
+    assert shapes == {
+        "embedding.word_embeddings.weight": (1024, 32),
+        "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (3, 32),
+        "decoder.layers.self_attention.linear_qkv.weight": (3, 96, 32),
+        "decoder.layers.self_attention.q_layernorm.weight": (3, 6),
+        "decoder.layers.self_attention.k_layernorm.weight": (3, 6),
+        "decoder.layers.self_attention.linear_proj.weight": (3, 32, 48),
+        "decoder.layers.mlp.linear_fc1.layer_norm_weight": (3, 32),
+        "decoder.layers.mlp.linear_fc1.weight": (3, 96, 32),
+        "decoder.layers.mlp.linear_fc2.weight": (3, 32, 48),
+        "decoder.final_layernorm.weight": (32,),
+        "output_layer.weight": (1024, 32),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torch_itself_reads_the_checkpoint(models: MakeModel, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    to_mcore(models("qwen2"), tmp_path / "mcore")
+    state = {stacked_key(QKV).key: torch.zeros(3, 64, 32, dtype=torch.bfloat16)}
+    load(state, storage_reader=FileSystemReader(tmp_path / "mcore"), no_dist=True)
+    weight = weight_map(load_model_spec(models("qwen2")))[QKV]
+    assert torch.equal(
+        state[stacked_key(QKV).key][1], weight.to_megatron(HfReader(models("qwen2")).read_slice)
+    )
+
+
+def linear(rows: int, columns: int) -> Weight:
+    return Sharded(name="x", hf=(HfTensor(name="x", shape=(rows, columns)),), axis=0)
+
+
+def test_several_files_and_layers_one_by_one(tmp_path: Path) -> None:
+    full = torch.randn(4, 6, 5)
+    with DistWriter(tmp_path, num_layers=4, max_file_size=2000) as writer:
+        for layer in (2, 0, 3, 1):
+            writer.add(f"decoder.layers.{layer}.w", full[layer])
+        writer.add("decoder.final", torch.ones(3)[None].expand(2, 3))
+    assert len(list(tmp_path.glob("*.distcp"))) > 1
+    reader = DistReader(tmp_path)
+    for layer in range(4):
+        assert torch.equal(reader.read(f"decoder.layers.{layer}.w", linear(6, 5)), full[layer])
+    assert torch.equal(reader.read("decoder.final", linear(2, 3)), torch.ones(2, 3))
+    with pytest.raises(CheckpointError, match=r"shape \[6, 5\], the model's config.json asks for \[6, 6\]"):
+        reader.read("decoder.layers.0.w", linear(6, 6))
+
+
+# Damage
+
+
+@pytest.fixture
+def checkpoint(models: MakeModel, tmp_path: Path) -> Path:
+    to_mcore(models("qwen2-tied"), tmp_path / "mcore")
+    return tmp_path / "mcore"
+
+
+def read_all(checkpoint: Path, weights: Mapping[str, Weight]) -> None:
+    reader = DistReader(checkpoint)
+    check_checkpoint(reader, weights)
+    for name, weight in weights.items():
+        reader.read(name, weight)
+
+
+def refused(checkpoint: Path, match: str) -> None:
+    weights = weight_map(load_model_spec(checkpoint / "hf_companions"))
+    with pytest.raises(CheckpointError, match=match) as caught:
+        read_all(checkpoint, weights)
+    assert "\n" not in str(caught.value)
+
+
+def edit_metadata(checkpoint: Path, edit: Callable[[Any], None]) -> None:
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    edit(metadata)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("name", [".metadata", "metadata.json"])
+def test_incomplete(checkpoint: Path, name: str) -> None:
+    (checkpoint / name).unlink()
+    refused(checkpoint, f"is incomplete: it has no {name}")
+
+
+def test_directory_of_a_run_gives_a_hint(checkpoint: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no metadata\.json; did you mean .*/mcore\?"):
+        DistReader(checkpoint.parent)
+
+
+def test_missing_and_truncated_data(checkpoint: Path) -> None:
+    data = checkpoint / "__0_0.distcp"
+    content = data.read_bytes()
+    data.write_bytes(content[:-1])
+    refused(checkpoint, r"__0_0\.distcp is truncated inside decoder\.final_layernorm\.weight")
+    data.write_bytes(bytes(len(content)))
+    refused(checkpoint, r"__0_0\.distcp is damaged at embedding")
+    data.unlink()
+    refused(checkpoint, r"__0_0\.distcp does not exist")
+
+
+def test_missing_chunk_and_missing_key(checkpoint: Path) -> None:
+    key = stacked_key(QKV).key
+    edit_metadata(checkpoint, lambda m: m.state_dict_metadata[key].chunks.pop(1))
+    refused(checkpoint, f"{QKV} is incomplete")
+    edit_metadata(checkpoint, lambda m: m.state_dict_metadata.pop(key))
+    refused(checkpoint, r"linear_qkv\.weight is missing")
+
+
+def test_overlapping_chunks(tmp_path: Path) -> None:
+    with DistWriter(tmp_path, num_layers=1) as writer:
+        writer.add("decoder.x", torch.zeros(4, 2))
+
+    def halves(metadata: Any) -> None:
+        whole = metadata.state_dict_metadata["decoder.x"].chunks[0]
+        whole.sizes = torch.Size([2, 2])
+        metadata.state_dict_metadata["decoder.x"].chunks = [whole, whole]
+
+    edit_metadata(tmp_path, halves)
+    with pytest.raises(CheckpointError, match="is incomplete"):
+        DistReader(tmp_path).read("decoder.x", linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "match"),
+    [
+        ("relative_path", "../x", "not a plain file name"),
+        ("relative_path", "/etc/passwd", "not a plain file name"),
+        ("relative_path", 3, "is not a name"),
+        ("offset", -1, "is not a list of 2 sizes"),
+        ("length", 10**15, "truncated"),
+        ("transform_descriptors", ["zstd"], "compressed"),
+    ],
+)
+def test_hostile_places(checkpoint: Path, field: str, value: object, match: str) -> None:
+    edit_metadata(checkpoint, lambda m: [setattr(info, field, value) for info in m.storage_data.values()])
+    refused(checkpoint, match)
+
+
+def test_extra_state_and_optimizer_take_no_part_but_adapters_do(checkpoint: Path) -> None:
+    def edit(metadata: Any, key: str) -> None:
+        metadata.state_dict_metadata[key] = metadata.state_dict_metadata["decoder.final_layernorm.weight"]
+        index = next(i for i in metadata.storage_data if i.fqn == "decoder.final_layernorm.weight")
+        metadata.storage_data[type(index)(key, index.offset)] = metadata.storage_data[index]
+
+    weights = weight_map(load_model_spec(checkpoint / "hf_companions"))
+    for key in ("optimizer.state.exp_avg.x", "decoder.layers.mlp.linear_fc1._extra_state/shard_0_4"):
+        edit_metadata(checkpoint, lambda metadata, key=key: edit(metadata, key))
+    check_checkpoint(DistReader(checkpoint), weights)
+    edit_metadata(checkpoint, lambda m: edit(m, "decoder.layers.mlp.linear_fc1.adapter.weight"))
+    refused(checkpoint, r"linear_fc1\.adapter\.weight has no place")
+
+
+# Malice
+
+
+class Evil:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[str, ...]]:
+        return (exec, (f"open({str(self.target)!r}, 'w')",))
+
+
+def test_malicious_metadata_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    edit_metadata(checkpoint, lambda metadata: setattr(metadata, "planner_data", Evil(tmp_path / "ran")))
+    assert not (tmp_path / "ran").exists()
+    refused(checkpoint, r"\.metadata: it names builtins\.exec, which has no place")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"garbage",
+        pickle.dumps({"a": 1}),
+        b"cos\nsystem\n(S'true'\ntR.",
+        b"ctorch\nload\n.",
+        b"ctorch.distributed.checkpoint.metadata\nMetadata.__init__\n.",
+        b"ctorch.distributed.checkpoint.metadata\nos\n.",
+    ],
+)
+def test_metadata_that_is_none(checkpoint: Path, content: bytes) -> None:
+    (checkpoint / ".metadata").write_bytes(content)
+    refused(checkpoint, r"\.metadata")
+
+
+def test_malicious_blob_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    blob = io.BytesIO()
+    torch.save(Evil(tmp_path / "ran"), blob)
+    (checkpoint / "__0_0.distcp").write_bytes(blob.getvalue())
+
+    def edit(metadata: Any) -> None:
+        for info in metadata.storage_data.values():
+            info.offset, info.length = 0, len(blob.getvalue())
+
+    edit_metadata(checkpoint, edit)
+    refused(checkpoint, "is damaged at")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_full_disk_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "__0_0.distcp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"), DistWriter(tmp_path, num_layers=1) as writer:
+        writer.add("decoder.x", torch.zeros(100_000))

@@ -1,0 +1,168 @@
+"""Rows are read, sampled and split as asked, and what is wrong is named by file and row."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from engine.data.sources import DatasetRef, Row, load_rows, split_rows
+from engine.errors import ConfigError, DataError
+
+Write = Callable[..., str]
+
+
+def values_of(rows: list[Row]) -> list[int]:
+    return [row.value["i"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "sample"),
+    [
+        ("data.jsonl", "data.jsonl", None),
+        ("data.jsonl#500", "data.jsonl", 500),
+        ("org/name#12", "org/name", 12),
+        ("a#1/b.json", "a#1/b.json", None),
+        ("a#1#2", "a#1", 2),
+        ("a#x", "a#x", None),
+    ],
+)
+def test_reference(text: str, name: str, sample: int | None) -> None:
+    assert DatasetRef.parse(text) == DatasetRef(name=name, sample=sample)
+
+
+@pytest.mark.parametrize("text", ["", "#3", "data.jsonl#0"])
+def test_reference_refused(text: str) -> None:
+    with pytest.raises(DataError):
+        DatasetRef.parse(text)
+
+
+def test_jsonl_skips_empty_lines_and_numbers_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('\ufeff{"i": 1}\r\n\n  \n{"i": 2, "t": "é\u2028"}'.encode())
+    rows = load_rows([str(path)], seed=0)
+    assert rows == [
+        Row(source=str(path), number=1, value={"i": 1}),
+        Row(source=str(path), number=4, value={"i": 2, "t": "é\u2028"}),
+    ]
+
+
+def test_json_parquet_and_directory_hold_the_same_rows(tmp_path: Path) -> None:
+    values = [{"i": i, "messages": [{"role": "user", "content": str(i)}]} for i in range(3)]
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    pq.write_table(pa.Table.from_pylist(values), tmp_path / "b.parquet")
+    (tmp_path / "README.md").write_text("not rows")
+    for name in ("a.json", "b.parquet"):
+        rows = load_rows([str(tmp_path / name)], seed=0)
+        assert [row.value for row in rows] == values
+        assert [row.number for row in rows] == [1, 2, 3]
+    rows = load_rows([str(tmp_path)], seed=0)
+    assert [row.value for row in rows] == values * 2
+    assert rows[4].place == f"{tmp_path / 'b.parquet'}, row 2"
+
+
+def test_sample_is_seeded_without_replacement_and_in_file_order(write_jsonl: Write) -> None:
+    path = write_jsonl({"i": i} for i in range(50))
+    taken = values_of(load_rows([f"{path}#20"], seed=1))
+    assert len(set(taken)) == 20
+    assert taken == sorted(taken)
+    assert taken == values_of(load_rows([f"{path}#20"], seed=1))
+    assert taken != values_of(load_rows([f"{path}#20"], seed=2))
+    assert values_of(load_rows([f"{path}#50"], seed=1)) == list(range(50))
+
+
+def test_sample_beyond_the_rows_repeats_them(write_jsonl: Write) -> None:
+    path = write_jsonl({"i": i} for i in range(4))
+    taken = values_of(load_rows([f"{path}#10"], seed=0))
+    assert taken[:8] == [0, 1, 2, 3] * 2
+    assert sorted(Counter(taken).values()) == [2, 2, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"i": 1}\n{"i": \n', "a.jsonl, row 2: not valid JSON"),
+        ("a.jsonl", b'{"i": 1}\n\n"\xff"\n', "a.jsonl, row 3: not valid JSON"),
+        ("a.jsonl", b"[1]\n", "a.jsonl, row 1: holds list"),
+        ("a.jsonl", b"\n", "holds no rows"),
+        ("a.json", b'[{"i": 1}, 2]', "a.json, row 2: holds int"),
+        ("a.json", b'{"i": 1}', "a.json: holds dict, not a list"),
+        ("a.json", b'{"i": 1}\n{"i": 2}', "a.json: not valid JSON"),
+        ("a.json", b"[]", "holds no rows"),
+        ("a.parquet", b"PAR1", "a.parquet: not a readable Parquet file"),
+        ("a.csv", b"i\n1\n", "a.csv is of an unknown kind"),
+    ],
+)
+def test_unusable_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_rows([str(tmp_path / name)], seed=0)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_directory_without_rows(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no \.jsonl"):
+        load_rows([str(tmp_path)], seed=0)
+
+
+@pytest.mark.parametrize("name", ["org/rows.jsonl", "./rows", "/no/rows", "a/b/c", "rows.parquet#5", "rows"])
+def test_missing_path_never_asks_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=name.removesuffix("#5")) as caught:
+        load_rows([name], seed=0)
+    assert "hub data set" not in str(caught.value)
+
+
+def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def load_dataset(name: str, *, split: str) -> list[dict[str, Any]]:
+        asked.append((name, split))
+        return [{"i": 0}, {"i": 1}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    rows = load_rows(["org/name#1"], seed=0)
+    assert asked == [("org/name", "train")]
+    assert len(rows) == 1
+    assert rows[0].source == "org/name"
+
+
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, *, split: str) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(
+        DataError, match=r"org/name: the hub could not be reached.*pass a local file"
+    ) as caught:
+        load_rows(["org/name"], seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_split_is_a_seeded_partition() -> None:
+    rows = [Row(source="a", number=i + 1, value={"i": i}) for i in range(20)]
+    train, val = split_rows(rows, 0.25, seed=3)
+    assert len(val) == 5
+    assert sorted(values_of(train) + values_of(val)) == list(range(20))
+    assert values_of(train) == sorted(values_of(train))
+    assert split_rows(rows, 0.25, seed=3) == (train, val)
+    assert split_rows(rows, 0.25, seed=4) != (train, val)
+    assert split_rows(rows, 0.0, seed=3) == (rows, [])
+
+
+def test_split_gives_both_parts_a_row() -> None:
+    rows = [Row(source="a", number=i + 1, value={}) for i in range(2)]
+    assert [len(part) for part in split_rows(rows, 0.001, seed=0)] == [1, 1]
+    assert [len(part) for part in split_rows(rows, 0.999, seed=0)] == [1, 1]
+    with pytest.raises(DataError, match="at least 2 rows"):
+        split_rows(rows[:1], 0.5, seed=0)
+    for ratio in (-0.1, 1.0):
+        with pytest.raises(ConfigError):
+            split_rows(rows, ratio, seed=0)

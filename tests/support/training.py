@@ -1,0 +1,157 @@
+"""Jobs for the worker pool: train a few steps under a layout and hand back losses, gradients and weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from engine.config.options import OptimizerOptions, ParallelOptions, RecomputeOptions
+from engine.config.parallel import ParallelLayout
+from engine.data.batches import collate
+from engine.data.template import EncodedRow
+from engine.model.spec import load_model_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutResult:
+    """What a rank saw. Gradients and weights are this rank's shards, by canonical name."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    eval_loss: float
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[str, Tensor] = field(default_factory=dict)
+    """The last stage's copy of tied embeddings, where it holds one."""
+
+    place: tuple[int, int, int] = (0, 0, 0)
+    """pp, dp and tp rank."""
+
+
+def random_rows(count: int, *, vocabulary: int, longest: int, seed: int) -> list[EncodedRow]:
+    """Rows of uneven length with two supervised stretches each, as a two-turn conversation has."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        length = int(generator.integers(longest // 3, longest + 1))
+        supervised = np.zeros(length, dtype=bool)
+        supervised[length // 4 : length // 2] = True
+        supervised[3 * length // 4 : length - 1] = True
+        ids = generator.integers(0, vocabulary, length).astype(np.int32)
+        rows.append(EncodedRow(input_ids=ids, supervised=supervised))
+    return rows
+
+
+def train_layout(
+    rank: int,
+    world_size: int,
+    *,
+    model_dir: str,
+    parallel: ParallelOptions,
+    optimizer: OptimizerOptions,
+    steps: Sequence[Sequence[EncodedRow]],
+    learning_rates: Sequence[float],
+    micro_batch_size: int = 1,
+    recompute: RecomputeOptions | None = None,
+) -> LayoutResult:
+    """Train the given global batches under a layout, starting from a Hugging Face checkpoint."""
+    from converters.load import load_model_weights
+    from engine.model.provider import build_chunks
+    from engine.runtime import mcore
+    from engine.runtime.platform import open_platform
+    from engine.training.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+    from engine.training.step import evaluate, global_totals, run_pipeline, train_step
+
+    platform = open_platform(device="cpu", dtype="float32", transformer_impl="torch", local_rank=rank)
+    spec = load_model_spec(model_dir)
+    layout = ParallelLayout.resolve(parallel, num_layers=spec.num_layers, world_size=world_size)
+    groups = mcore.initialize(layout, platform, seed=1)
+    chunks = build_chunks(spec, layout, platform, recompute or RecomputeOptions(), groups)
+    load_model_weights(chunks, model_dir, spec, groups)
+    models = wrap_data_parallel(chunks, optimizer, groups)
+    optim = build_optimizer(models, optimizer, groups, platform.dtype)
+
+    def share(rows: Sequence[EncodedRow]) -> list[Any]:
+        mine = rows[groups.dp_rank :: layout.dp]
+        parts = [mine[i : i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
+        return [collate(part, pad_id=0, pad_to_multiple_of=layout.tp) for part in parts]
+
+    eval_loss = evaluate(models, [share(steps[0])], spec, groups, platform.device).loss
+    run_pipeline(models, share(steps[0]), device=platform.device, forward_only=False)
+    gradients, copies = local_tensors(models, layout, groups, gradients=True)
+    losses, norms = [], []
+    for rows, learning_rate in zip(steps, learning_rates, strict=True):
+        set_learning_rate(optim, learning_rate, optimizer.weight_decay)
+        result = train_step(models, optim, share(rows), platform.device)
+        losses.append(global_totals(result.losses, result.micro_batches, spec, groups, platform.device).loss)
+        norms.append(result.grad_norm)
+    for model in models:
+        if model.ddp_config.overlap_param_gather:
+            model.start_param_sync(force_sync=True)
+    weights, weight_copies = local_tensors(models, layout, groups, gradients=False)
+    release(models)
+    return LayoutResult(
+        losses=losses,
+        grad_norms=norms,
+        eval_loss=eval_loss,
+        gradients=gradients,
+        weights=weights,
+        copies={f"gradient {n}": t for n, t in copies.items()} | {f"weight {n}": t for n, t in weight_copies.items()},
+        place=(groups.pp_rank, groups.dp_rank, groups.tp_rank),
+    )
+
+
+def release(models: Sequence[Any]) -> None:
+    """Break the cycles through autograd's hooks, which Python's collector cannot see: they would keep every model, and
+    with it the threads of its gloo groups, alive in the reused workers."""
+    for model in models:
+        vars(model).clear()
+
+
+def local_tensors(
+    models: Sequence[Any], layout: ParallelLayout, groups: Any, *, gradients: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """This rank's weights or gradients by canonical name; the tied copy apart."""
+    from engine.model.provider import named_weights
+
+    if gradients:
+        for model in models:
+            _complete_gradients(model, groups)
+    tensors: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    for weight in named_weights([model.module for model in models], layout, groups.pp_rank):
+        value = weight.parameter.main_grad if gradients else weight.parameter.detach()
+        target = copies if weight.name in tensors or weight.is_copy else tensors
+        target[weight.name] = value.float().clone()
+    return tensors, copies
+
+
+def _complete_gradients(model: Any, groups: Any) -> None:
+    """The distributed optimizer leaves each rank only its shard of the reduced gradients: gather the others'."""
+    if not model.ddp_config.use_distributed_optimizer or groups.layout.dp == 1:
+        return
+    for buffer in [*model.buffers, *model.expert_parallel_buffers]:
+        for bucket in buffer.buckets:
+            data = bucket.grad_data
+            shard = data.chunk(groups.layout.dp)[groups.dp_rank].clone()
+            dist.all_gather_into_tensor(data, shard, group=groups.dp)
+
+
+def merge(results: Sequence[LayoutResult], weight_map: dict[str, Any], kind: str) -> dict[str, Tensor]:
+    """Hugging Face tensors from the shards of all ranks of data-parallel replica 0."""
+    shards: dict[str, dict[int, Tensor]] = {}
+    for result in results:
+        _, dp, tp = result.place
+        if dp == 0:
+            for name, tensor in getattr(result, kind).items():
+                assert tp not in shards.setdefault(name, {}), f"{name} is held twice"
+                shards[name][tp] = tensor
+    assert shards.keys() == weight_map.keys()
+    merged: dict[str, Tensor] = {}
+    for name, parts in shards.items():
+        merged |= weight_map[name].to_hf(weight_map[name].merge([parts[tp] for tp in sorted(parts)]))
+    return merged
