@@ -10,7 +10,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def _worker_world() -> World | None:
         local_size = int(env.get("LOCAL_WORLD_SIZE", size))
         local_rank = int(env.get("LOCAL_RANK", env["RANK"]))
         return World(rank=int(env["RANK"]), size=size, local_rank=local_rank, local_size=local_size, started=True)
+    if env.get("NPROC_PER_NODE") or env.get("NNODES"):
+        return None  # srun started one launcher per node, which starts the ranks of its node
     tasks = int(env.get("SLURM_NTASKS", "1"))
     # An interactive allocation sets SLURM_NTASKS without being a step; srun's tasks have a step id that is a number.
     if "SLURM_PROCID" in env and tasks > 1 and env.get("SLURM_STEP_ID", "").isdigit():
@@ -82,7 +85,9 @@ def _worker_world() -> World | None:
 
 
 def open_world(world: World) -> None:
-    """Set the variables that torch.distributed reads, for a single process and under Slurm, where torchrun does not."""
+    """Set the variables that torch.distributed reads under Slurm, where torchrun does not. A single process needs none."""
+    if not world.started:
+        return
     os.environ.setdefault("RANK", str(world.rank))
     os.environ.setdefault("WORLD_SIZE", str(world.size))
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
@@ -99,7 +104,9 @@ def run_worker(world: World, work: Callable[[], None], place: Callable[[], str])
     except UserError as error:
         _report(world, str(error), error.exit_code, place())
         return error.exit_code
-    except Exception:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:  # torch's CheckpointException is no Exception
         _report(world, traceback.format_exc(), 1, place())
         return 1
 
@@ -128,8 +135,7 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str]) -
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="braid-") as folder:
-        os.environ[_ERROR_DIR] = folder
+    with tempfile.TemporaryDirectory(prefix="braid-") as folder, _environment(_ERROR_DIR, folder):
         nodes = options.nnodes or 1
         single = nodes == 1
         config = LaunchConfig(
@@ -152,6 +158,16 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str]) -
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
             return _first_error(Path(folder), failure.exitcode)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """Set a variable for the processes that are started in the block."""
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def _first_error(folder: Path, exit_code: int) -> int:

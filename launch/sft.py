@@ -13,6 +13,7 @@ from engine.config.parallel import ParallelLayout
 from engine.config.parse import flatten, help_text, parse
 from engine.errors import ConfigError, OutputError
 from engine.model.spec import ModelSpec, load_model_spec
+from launch.disk import check_room, full_disk_named
 from launch.processes import World, find_world, launch_environment, open_world, run_worker, start_processes
 
 if TYPE_CHECKING:
@@ -60,13 +61,14 @@ def sft(argv: Sequence[str]) -> int:
         return 0
     config, given = parse(SftConfig, argv, launch_environment())
     world = find_world(config.launch)
-    if world.started or (world.size == 1 and not config.run.dry_run):
+    # args.yaml records the processes that really run, whoever started them.
+    config.launch.nproc_per_node, config.launch.nnodes = world.local_size, world.size // world.local_size
+    if config.run.dry_run:
+        return _dry_run(draw(config, given, world)) if world.rank == 0 else 0
+    if world.started or world.size == 1:
         place: list[str] = []
         return run_worker(world, lambda: _worker(config, given, world, place), lambda: place[0] if place else "")
-    blueprint = draw(config, given, world)
-    check_output_dir(blueprint)
-    if config.run.dry_run:
-        return _dry_run(blueprint)
+    check_files(draw(config, given, world))
     return start_processes(config.launch, world, ["sft", *argv])
 
 
@@ -81,16 +83,7 @@ def draw(config: SftConfig, given: set[str], world: World) -> Blueprint:
     if run.output_dir is None:
         raise ConfigError("no output directory given; pass --output_dir DIR")
     _refuse_unbuilt(config)
-    for name in ("logging_steps", "save_steps", "eval_steps", "save_total_limit"):
-        value = getattr(run, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1, not {value}")
-    if config.optimizer.learning_rate < 0 or not 0 <= config.optimizer.warmup_ratio <= 1:
-        raise ConfigError("learning_rate must not be negative, and warmup_ratio must be in [0, 1]")
-    if config.batch.max_steps is not None and config.batch.max_steps < 1:
-        raise ConfigError(f"max_steps must be at least 1, not {config.batch.max_steps}")
-    if config.batch.num_train_epochs <= 0:
-        raise ConfigError(f"num_train_epochs must be positive, not {config.batch.num_train_epochs}")
+    _check_ranges(config)
     check_options(config.data)
     spec = load_model_spec(options.model)
     layout = ParallelLayout.resolve(config.parallel, num_layers=spec.num_layers, world_size=world.size)
@@ -125,6 +118,41 @@ def _refuse_unbuilt(config: SftConfig) -> None:
         raise ConfigError(f"report_to {unknown[0]!r} is not available; choose from {', '.join(REPORTERS)}")
 
 
+def _check_ranges(config: SftConfig) -> None:
+    values = flatten(config)
+    for name in ("logging_steps", "save_steps", "eval_steps", "save_total_limit", "max_steps"):
+        if values[name] is not None and values[name] < 1:
+            raise ConfigError(f"{name} must be at least 1, not {values[name]}")
+    for name in ("learning_rate", "min_lr", "weight_decay", "max_grad_norm"):
+        if values[name] < 0:
+            raise ConfigError(f"{name} must not be negative, not {values[name]}")
+    for name in ("num_train_epochs", "adam_epsilon"):
+        if values[name] <= 0:
+            raise ConfigError(f"{name} must be positive, not {values[name]}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= values[name] < 1:
+            raise ConfigError(f"{name} must be in [0, 1), not {values[name]}")
+    if not 0 <= values["warmup_ratio"] <= 1:
+        raise ConfigError(f"warmup_ratio must be in [0, 1], not {values['warmup_ratio']}")
+    if not 0 <= values["seed"] < 2**32:
+        raise ConfigError(f"seed must be in [0, 2**32), not {values['seed']}")
+
+
+def check_files(blueprint: Blueprint) -> None:
+    """Check what lies on disk before any rank starts or anything is written. Of weights only the headers are read."""
+    check_output_dir(blueprint)
+    options = blueprint.config.model
+    in_fp32 = options.torch_dtype == "float32" or (options.torch_dtype is None and options.device == "cpu")
+    check_room(
+        blueprint.output_dir, num_parameters=blueprint.spec.num_parameters(), weight_bytes=4 if in_fp32 else 2
+    )
+    if blueprint.resume is None:
+        from converters.hf_files import HfReader, check_weights
+        from converters.mapping import weight_map
+
+        check_weights(HfReader(blueprint.model_dir), weight_map(blueprint.spec))
+
+
 def check_output_dir(blueprint: Blueprint) -> None:
     """Raise OutputError if another run's files would be mixed with this one's, or nothing can be written."""
     directory = blueprint.output_dir
@@ -135,6 +163,8 @@ def check_output_dir(blueprint: Blueprint) -> None:
             f"output_dir {directory} is in use; choose another, empty it, or pass --resume_from_checkpoint auto"
         )
     parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise OutputError(f"output_dir {directory} cannot be made: {parent} is a file")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"output_dir {directory} cannot be written: no permission in {parent}")
 
@@ -161,7 +191,9 @@ def _dry_run(blueprint: Blueprint) -> int:
 
     from engine.data.prepare import prepare
 
+    check_files(blueprint)
     data = prepare(blueprint.config.data, blueprint.model_dir, seed=blueprint.config.run.seed)
+    data.check_vocabulary(blueprint.spec.vocab_size)
     print(yaml.safe_dump(flatten(blueprint.config), sort_keys=False, allow_unicode=True), end="")
     print(blueprint.summary())
     print(data.summary())
@@ -174,7 +206,7 @@ def _worker(config: SftConfig, given: set[str], world: World, place: list[str]) 
     blueprint = draw(config, given, world)
     open_world(world)
     if world.rank == 0:
-        check_output_dir(blueprint)
+        check_files(blueprint)
     from engine.runtime.platform import open_platform
 
     options = config.model
@@ -184,26 +216,30 @@ def _worker(config: SftConfig, given: set[str], world: World, place: list[str]) 
         transformer_impl=options.transformer_impl,
         local_rank=world.local_rank,
     )
-    data = _prepare_here(blueprint, world)
+    data = prepare_here(blueprint, world)
     from datetime import timedelta
 
     import torch.distributed as dist
 
     from engine.runtime import mcore
 
-    dist.init_process_group(platform.backend, timeout=timedelta(minutes=_DISTRIBUTED_TIMEOUT_MINUTES))
+    # A process of its own has nobody to meet, so it needs neither an address nor a port.
+    alone = {} if world.started else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    timeout = timedelta(minutes=_DISTRIBUTED_TIMEOUT_MINUTES)
+    dist.init_process_group(platform.backend, timeout=timeout, **alone)
     place.append(str(blueprint.layout.place(world.rank)))
     groups = mcore.initialize(blueprint.layout, platform, seed=config.run.seed, deterministic=config.run.deterministic)
-    data = _share_data(data, blueprint)
-    last = _train(blueprint, platform, groups, data)
-    if world.rank == 0:
-        _export(last, blueprint)
+    data = share_data(data, blueprint)
+    with full_disk_named(blueprint.output_dir):
+        last = train(blueprint, platform, groups, data)
+        if world.rank == 0:
+            _export(last, blueprint)
     dist.barrier()
     mcore.destroy()
     dist.destroy_process_group()
 
 
-def _prepare_here(blueprint: Blueprint, world: World) -> "PreparedData | None":
+def prepare_here(blueprint: Blueprint, world: World) -> "PreparedData | None":
     """Tokenise on one process of each node; the others import Megatron meanwhile and read the cache afterwards."""
     if world.local_rank != 0:
         return None
@@ -214,7 +250,7 @@ def _prepare_here(blueprint: Blueprint, world: World) -> "PreparedData | None":
     return data
 
 
-def _share_data(data: "PreparedData | None", blueprint: Blueprint) -> "PreparedData":
+def share_data(data: "PreparedData | None", blueprint: Blueprint) -> "PreparedData":
     import torch.distributed as dist
 
     from engine.data.prepare import open_prepared, prepare
@@ -228,7 +264,7 @@ def _share_data(data: "PreparedData | None", blueprint: Blueprint) -> "PreparedD
     return data
 
 
-def _train(blueprint: Blueprint, platform: Any, groups: "Groups", data: "PreparedData") -> Path:
+def train(blueprint: Blueprint, platform: Any, groups: "Groups", data: "PreparedData") -> Path:
     """Put the run together and train; returns the last checkpoint."""
     from converters.companions import write_companions
     from converters.load import load_model_weights

@@ -210,7 +210,7 @@ class LaunchOptions:
     """Processes and nodes; the environment variables of the same names in capitals do the same."""
 
     nproc_per_node: int | None = None
-    """Processes on this node (default 1, or the number of visible GPUs)."""
+    """Processes on this node (default 1)."""
 
     nnodes: int | None = None
     """Nodes of the run."""

@@ -8,6 +8,7 @@ import ast
 import difflib
 import functools
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -82,8 +83,9 @@ def parse(
     values: dict[str, Any] = {}
     config_file = flags.pop("config", None)
     if config_file is not None:
-        values |= _read_yaml(config_file if isinstance(config_file, str) else str(config_file))
-        values = _resolve_names(values, options_of(config_type), where=str(config_file))
+        if not isinstance(config_file, str):
+            raise ConfigError("--config takes one YAML file; pass --config FILE.yaml")
+        values = _resolve_names(_read_yaml(config_file), options_of(config_type), where=config_file)
     values |= {name: value for name, value in (environment or {}).items() if value}
     values |= _resolve_names(flags, options_of(config_type), where="command line", prefix="--")
     return build(config_type, values), set(values)
@@ -121,13 +123,18 @@ def read_flags(argv: Sequence[str], table: Mapping[str, Option]) -> dict[str, An
         while not has_value and words and not (words[0].startswith("--") and len(words[0]) > 2):
             given.append(words.pop(0))
         option = table.get(ALIASES.get(name, name))
-        if option is not None and typing.get_origin(option.annotation) is list:
+        if option is not None and _takes_list(option.annotation):
             flags.setdefault(name, []).extend(given)
-        elif len(given) > 1 and option is not None:
+        elif len(given) > 1:
             raise ConfigError(f"--{name} takes one value, not {len(given)}: {' '.join(given)}")
         else:
             flags[name] = given[0] if given else True
     return flags
+
+
+def _takes_list(annotation: Any) -> bool:
+    """For `list[...]` and `list[...] | None`."""
+    return any(typing.get_origin(a) is list for a in (annotation, *typing.get_args(annotation)))
 
 
 def convert(name: str, value: Any, annotation: Any) -> Any:
@@ -138,7 +145,9 @@ def convert(name: str, value: Any, annotation: Any) -> Any:
             return None
         return convert(name, value, next(a for a in arguments if a is not type(None)))
     if origin is list:
-        items = value if isinstance(value, list) else str(value).split()
+        if value is None:
+            raise ConfigError(f"{name} needs at least one value; give it one or leave it out")
+        items = value if isinstance(value, list) else [value]
         return [convert(name, item, arguments[0]) for item in items]
     if origin is typing.Literal:
         if value in arguments:
@@ -157,7 +166,7 @@ def _convert_scalar(name: str, value: Any, annotation: Any) -> Any:
         raise ConfigError(f"{name} needs a value of type {annotation.__name__}, not {value!r}")
     if annotation is str:
         return str(value)
-    converters: dict[type, Callable[[Any], Any]] = {int: _to_int, float: float}
+    converters: dict[type, Callable[[Any], Any]] = {int: _to_int, float: _to_float}
     try:
         return converters[annotation](value)
     except (ValueError, OverflowError):
@@ -172,10 +181,18 @@ def _to_int(value: Any) -> int:
     return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(number)
 
 
+def _to_float(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
 def _resolve_names(
     values: Mapping[str, Any], table: Mapping[str, Option], *, where: str, prefix: str = ""
 ) -> dict[str, Any]:
     resolved: dict[str, Any] = {}
+    spelling: dict[str, str] = {}
     for given, value in values.items():
         name = ALIASES.get(given, given)
         if name in NOT_BUILT and name not in table:
@@ -187,8 +204,9 @@ def _resolve_names(
             hint = f"; did you mean {prefix}{near[0]}?" if near else "; see --help for all options"
             raise ConfigError(f"{where}: unknown option {prefix}{given}{hint}")
         if name in resolved:
-            raise ConfigError(f"{where}: {prefix}{given} and {prefix}{name} are the same option; give one of them")
-        resolved[name] = value
+            first = spelling[name]
+            raise ConfigError(f"{where}: {prefix}{first} and {prefix}{given} are the same option; give one of them")
+        resolved[name], spelling[name] = value, given
     return resolved
 
 

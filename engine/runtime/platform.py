@@ -91,7 +91,7 @@ def open_platform(*, device: str, dtype: str | None, transformer_impl: str, loca
 
 
 def _silence_import_chatter() -> None:
-    """Megatron warns at import about optional packages that Braid never needs; `braid doctor` names them instead."""
+    """Megatron warns at import about optional packages that Braid never needs."""
     patterns = (
         ".*[Aa]pex is not installed.*",
         ".*[Tt]ransformer[_ ][Ee]ngine.*",

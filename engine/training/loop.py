@@ -48,6 +48,7 @@ class Trainer:
         run, plan = self.config.run, self.train_data.plan
         state = self._initial_state()
         if resume is not None:
+            TrainerState.read(resume).check_same_run(state, resume)
             state = load_checkpoint(resume, self.models, self.optimizer, self.groups)
         log = MetricsLog(
             self.output_dir, report_to=run.report_to, resumed_step=state.step, enabled=self.groups.rank == 0
@@ -62,6 +63,8 @@ class Trainer:
             totals = self._totals(result.losses, batch.micro_batches)
             tokens += totals.tokens
             speed.add(totals)
+            if not result.updated and self.groups.rank == 0:
+                print(f"step {step}: gradients overflowed float16, the update is left out", flush=True)
             if step % run.logging_steps == 0 or step in (1, plan.total_steps):
                 record = {
                     "step": step,

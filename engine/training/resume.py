@@ -44,6 +44,17 @@ class TrainerState:
             raise CheckpointError(f"{checkpoint / STATE_FILE} cannot be read ({error})") from error
 
 
+    def check_same_run(self, other: "TrainerState", checkpoint: Path) -> None:
+        """Raise CheckpointError if `other`, the run that wants to go on from here, has other data or another seed."""
+        for name, what in (("seed", "seed"), ("num_rows", "number of sequences"), ("data_fingerprint", "training data")):
+            mine, its = getattr(self, name), getattr(other, name)
+            if mine != its:
+                raise CheckpointError(
+                    f"{checkpoint} belongs to a run with another {what} ({mine}, now {its}); resume with the data set, "
+                    f"template, max_length and seed of that run"
+                )
+
+
 def is_complete(checkpoint: Path) -> bool:
     """Whether a directory holds all parts that only a finished save leaves."""
     return all((checkpoint / name).is_file() for name in (STATE_FILE, ".metadata", "metadata.json"))

@@ -89,7 +89,7 @@ class StepTotals:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimizer step leaves. Values stay on the device until somebody asks `totals`."""
+    """What one optimizer step leaves; losses stay on the device (see global_totals)."""
 
     losses: list[Tensor]
     micro_batches: Sequence[MicroBatch]

@@ -1,7 +1,9 @@
 """Jobs for the worker pool: train a few steps under a layout and hand back losses, gradients and weights."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,67 @@ def random_rows(count: int, *, vocabulary: int, longest: int, seed: int) -> list
     return rows
 
 
+def open_run(
+    rank: int,
+    world_size: int,
+    model_dir: str,
+    parallel: ParallelOptions,
+    optimizer: OptimizerOptions,
+    recompute: RecomputeOptions | None = None,
+) -> tuple[Any, Any, Any, list[Any], Any]:
+    """Spec, platform, groups, wrapped models with the checkpoint's weights, and optimizer."""
+    from converters.load import load_model_weights
+    from engine.model.provider import build_chunks
+    from engine.runtime import mcore
+    from engine.runtime.platform import open_platform
+    from engine.training.optimizer import build_optimizer, wrap_data_parallel
+
+    platform = open_platform(device="cpu", dtype="float32", transformer_impl="torch", local_rank=rank)
+    spec = load_model_spec(model_dir)
+    layout = ParallelLayout.resolve(parallel, num_layers=spec.num_layers, world_size=world_size)
+    groups = mcore.initialize(layout, platform, seed=1)
+    chunks = build_chunks(spec, layout, platform, recompute or RecomputeOptions(), groups)
+    load_model_weights(chunks, model_dir, spec, groups)
+    models = wrap_data_parallel(chunks, optimizer, groups)
+    return spec, platform, groups, models, build_optimizer(models, optimizer, groups, platform.dtype)
+
+
+def save_after_idle_step(
+    rank: int, world_size: int, *, model_dir: str, parallel: ParallelOptions, output_dir: str
+) -> None:
+    """Load a checkpoint under a layout, take a step with learning rate 0, and save."""
+    from converters.companions import write_companions
+    from engine.training.checkpoint import layout_degrees, save_checkpoint
+    from engine.training.optimizer import set_learning_rate
+    from engine.training.resume import TrainerState
+    from engine.training.step import train_step
+
+    spec, platform, groups, models, optim = open_run(rank, world_size, model_dir, parallel, OptimizerOptions())
+    rows = random_rows(2, vocabulary=spec.vocab_size, longest=16, seed=0)
+    set_learning_rate(optim, 0.0, 0.0)
+    train_step(models, optim, [collate([row], pad_id=0, pad_to_multiple_of=2) for row in rows], platform.device)
+    state = TrainerState(
+        step=0,
+        total_steps=1,
+        global_batch_size=1,
+        num_rows=1,
+        data_fingerprint="",
+        seed=1,
+        tokens=0,
+        layout=layout_degrees(groups),
+    )
+    save_checkpoint(
+        Path(output_dir),
+        state,
+        models,
+        optim,
+        groups,
+        add_companions=lambda directory: write_companions(model_dir, directory),
+        keep=None,
+    )
+    release(models)
+
+
 def train_layout(
     rank: int,
     world_size: int,
@@ -59,21 +122,11 @@ def train_layout(
     recompute: RecomputeOptions | None = None,
 ) -> LayoutResult:
     """Train the given global batches under a layout, starting from a Hugging Face checkpoint."""
-    from converters.load import load_model_weights
-    from engine.model.provider import build_chunks
-    from engine.runtime import mcore
-    from engine.runtime.platform import open_platform
-    from engine.training.optimizer import build_optimizer, set_learning_rate, wrap_data_parallel
+    from engine.training.optimizer import set_learning_rate
     from engine.training.step import evaluate, global_totals, run_pipeline, train_step
 
-    platform = open_platform(device="cpu", dtype="float32", transformer_impl="torch", local_rank=rank)
-    spec = load_model_spec(model_dir)
-    layout = ParallelLayout.resolve(parallel, num_layers=spec.num_layers, world_size=world_size)
-    groups = mcore.initialize(layout, platform, seed=1)
-    chunks = build_chunks(spec, layout, platform, recompute or RecomputeOptions(), groups)
-    load_model_weights(chunks, model_dir, spec, groups)
-    models = wrap_data_parallel(chunks, optimizer, groups)
-    optim = build_optimizer(models, optimizer, groups, platform.dtype)
+    spec, platform, groups, models, optim = open_run(rank, world_size, model_dir, parallel, optimizer, recompute)
+    layout = groups.layout
 
     def share(rows: Sequence[EncodedRow]) -> list[Any]:
         mine = rows[groups.dp_rank :: layout.dp]
@@ -155,3 +208,25 @@ def merge(results: Sequence[LayoutResult], weight_map: dict[str, Any], kind: str
     for name, parts in shards.items():
         merged |= weight_map[name].to_hf(weight_map[name].merge([parts[tp] for tp in sorted(parts)]))
     return merged
+
+
+def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
+    """`braid sft` on an open group: everything that a worker does between opening and closing its processes."""
+    from engine.config.options import SftConfig
+    from engine.config.parse import parse
+    from engine.runtime import mcore
+    from engine.runtime.platform import open_platform
+    from launch.processes import World
+    from launch.sft import draw, prepare_here, share_data, train
+
+    config, given = parse(SftConfig, argv)
+    world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, started=True)
+    blueprint = draw(config, given, world)
+    platform = open_platform(device="cpu", dtype="float32", transformer_impl="torch", local_rank=rank)
+    data = prepare_here(blueprint, world)
+    groups = mcore.initialize(blueprint.layout, platform, seed=config.run.seed)
+    train(blueprint, platform, groups, share_data(data, blueprint))
+    gc.collect()
+    for found in gc.get_objects():
+        if type(found).__name__ == "DistributedDataParallel":
+            release([found])

@@ -1,0 +1,53 @@
+"""Room on the disk: whether a run can finish on it, and one clear line where it fills up all the same."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine.errors import OutputError, UserError
+
+# Of an fp32 master weight and two moments of AdamW, beside the weight itself.
+_OPTIMIZER_BYTES = 12
+
+
+def check_room(output_dir: Path, *, num_parameters: int, weight_bytes: int) -> None:
+    """Raise OutputError unless one checkpoint and one export fit: the least that every run writes."""
+    place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    needed = num_parameters * (2 * weight_bytes + _OPTIMIZER_BYTES)
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OutputError(
+            f"disk full: {place} has {free / 1e9:.3f} GB free, a checkpoint and the export of this model need "
+            f"{needed / 1e9:.3f} GB; make room or choose another output_dir"
+        )
+
+
+@contextmanager
+def full_disk_named(output_dir: Path) -> Iterator[None]:
+    """Turn what a full disk does to any writer into an OutputError, and remove the checkpoint that was being written."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if not _is_full(error):
+            raise
+        for partial in output_dir.glob(".checkpoint-*.partial"):
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(
+            f"disk full while writing {output_dir}; make room or lower save_total_limit, "
+            f"then go on with --resume_from_checkpoint auto"
+        ) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        text = str(error)
+        # torch's zip writer does not hand on the reason: it says that the file is shorter than what it wrote.
+        short = "inline_container.cc" in text and "unexpected pos" in text
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or short:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

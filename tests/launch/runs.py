@@ -1,0 +1,98 @@
+"""Running the command as a user does, and looking at what it leaves."""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+_LAUNCH_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR",
+    "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID", "BRAID_ERROR_DIR",
+)  # fmt: skip
+_MARK = "BRAID_TEST_RUN"
+
+QUESTIONS = (
+    ("What is the capital of France?", "Paris."),
+    ("How many legs has a spider?", "Eight."),
+    ("Which planet is the largest?", "Jupiter is the largest planet."),
+    ("水的化学式是什么？", "H2O。"),
+    ("Name a prime number.", "Seven."),
+    ("What freezes at zero degrees?", "Water does."),
+    ("Who wrote Faust?", "Goethe."),
+    ("What is two plus two?", "Four."),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A command that has ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+    left_running: tuple[int, ...]
+    """Ids of processes that the command started and that outlived it."""
+
+
+def braid(*words: str, cache: Path, **environment: str) -> Run:
+    """`python -m launch.cli WORDS` in a process of its own."""
+    mark = uuid.uuid4().hex
+    env = {name: value for name, value in os.environ.items() if name not in _LAUNCH_VARIABLES}
+    env |= {"BRAID_CACHE": str(cache), _MARK: mark, **environment}
+    result = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+    return Run(
+        code=result.returncode, stdout=result.stdout, stderr=result.stderr, left_running=tuple(_marked_processes(mark))
+    )
+
+
+def _marked_processes(mark: str) -> Iterable[int]:
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(_MARK) == mark:
+                yield process.pid
+        except psutil.Error:  # ended meanwhile, or a zombie, or somebody else's
+            continue
+
+
+def forget_launch_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the surrounding machine says about processes and nodes must not reach a command run in this process."""
+    for name in _LAUNCH_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """A JSONL file."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def question_rows(count: int = len(QUESTIONS)) -> list[dict[str, Any]]:
+    """Rows of the messages format."""
+    return [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in QUESTIONS[:count]
+    ]
+
+
+def everything_in(directory: Path) -> dict[str, bytes | None]:
+    """Content of every file and directory (None) below `directory`, by relative path."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

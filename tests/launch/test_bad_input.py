@@ -1,0 +1,427 @@
+"""Bad input: one line that names what is wrong, exit code 2, and not one file changed."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launch.cli import main
+from launch.tiny import build_tiny_qwen3
+from tests.launch.runs import braid, everything_in, question_rows, write_rows
+
+LAST_NORM = "model.norm.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The test's directory; what a command may read and must leave as it is."""
+
+    root: Path
+    model: Path
+    data: Path
+    capsys: pytest.CaptureFixture[str]
+
+    @property
+    def out(self) -> Path:
+        return self.root / "out"
+
+    def sft(self, *words: str) -> list[str]:
+        """A run at TP2: the checks happen in this process, before two ranks would start."""
+        given = ["sft", "--model", str(self.model), "--dataset", str(self.data), "--output_dir", str(self.out)]
+        return [*given, "--device", "cpu", "--nproc_per_node", "2", "--tensor_model_parallel_size", "2", *words]
+
+    def refused(self, words: list[str], *named: str) -> str:
+        """Run a command; it must end with exit code 2, one line that holds all of `named`, and nothing changed."""
+        before = everything_in(self.root)
+        code = main(words)
+        printed = self.capsys.readouterr().err
+        assert code == 2, printed
+        assert_one_line(printed, words[0], *named)
+        assert everything_in(self.root) == before
+        return printed
+
+
+def assert_one_line(printed: str, command: str, *named: str) -> None:
+    assert printed.count("\n") == 1, printed
+    assert printed.startswith(f"braid {command}: error"), printed
+    assert "Traceback" not in printed
+    for part in named:
+        assert part in printed
+
+
+@pytest.fixture
+def place(tmp_path: Path, model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Place:
+    capsys.readouterr()  # what saving the tiny model printed
+    return Place(root=tmp_path, model=model, data=data, capsys=capsys)
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    value = json.loads(path.read_text(encoding="utf-8"))
+    edit(value)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def edit_weights(model: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def _truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def _index(model: Path, shard: str) -> None:
+    """An index in place of the single file; every tensor is said to be in `shard`."""
+    names = load_file(model / "model.safetensors").keys()
+    (model / "model.safetensors").rename(model.parent / "outside.safetensors")
+    content = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}
+    (model / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def _pickle(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+# What is done to a model directory -> what the message names.
+BROKEN_MODELS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
+    "no directory": (lambda m: m.rename(m.parent / "gone"), ("model does not exist",)),
+    "no config": (lambda m: (m / "config.json").unlink(), ("model has no config.json",)),
+    "broken config": (lambda m: (m / "config.json").write_text('{"a": '), ("config.json is not readable JSON",)),
+    "config is a list": (lambda m: (m / "config.json").write_text("[]"), ("config.json must hold a JSON object",)),
+    "architecture": (
+        lambda m: edit_json(m / "config.json", lambda c: c.update(architectures=["LlamaForCausalLM"])),
+        ("config.json", "LlamaForCausalLM is not supported", "Qwen2ForCausalLM, Qwen3ForCausalLM"),
+    ),
+    "no architecture": (
+        lambda m: edit_json(m / "config.json", lambda c: c.pop("architectures")),
+        ("config.json", "architecture None is not supported"),
+    ),
+    "size is no number": (
+        lambda m: edit_json(m / "config.json", lambda c: c.update(hidden_size="big")),
+        ("config.json", "hidden_size must be a positive integer, not 'big'"),
+    ),
+    "no weights": (lambda m: (m / "model.safetensors").unlink(), ("model.safetensors",)),
+    "only pickles": (_pickle, ("pytorch_model.bin", "only safetensors are read")),
+    "missing weight": (lambda m: edit_weights(m, lambda w: w.pop(DOWN)), (DOWN, "is missing")),
+    "surplus weight": (
+        lambda m: edit_weights(m, lambda w: w.update({"model.extra.weight": torch.zeros(2)})),
+        ("model.extra.weight has no place in the model",),
+    ),
+    "mis-shaped weight": (
+        lambda m: edit_weights(m, lambda w: w.update({LAST_NORM: torch.zeros(31)})),
+        (LAST_NORM, "shape [31]", "[32]"),
+    ),
+    "one layer less than the config says": (
+        lambda m: edit_json(m / "config.json", lambda c: c.update(num_hidden_layers=3)),
+        ("model.layers.2.", "is missing (and 10 more)"),
+    ),
+    "truncated file": (lambda m: _truncate(m / "model.safetensors"), ("model.safetensors is truncated",)),
+    "no safetensors file": (lambda m: (m / "model.safetensors").write_bytes(b"\xff" * 64), ("model.safetensors",)),
+    "index escapes": (lambda m: _index(m, "../outside.safetensors"), ("../outside.safetensors is not a plain file name",)),
+    "index escapes by an absolute path": (lambda m: _index(m, "/etc/passwd"), ("/etc/passwd is not a plain file name",)),
+    "index names a missing file": (lambda m: _index(m, "a.safetensors"), ("a.safetensors does not exist",)),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_MODELS)
+def test_broken_models(place: Place, case: str) -> None:
+    damage, named = BROKEN_MODELS[case]
+    damage(place.model)
+    model, out = str(place.model), str(place.out)
+    place.refused(place.sft(), *named)
+    place.refused(place.sft("--dry_run"), *named)
+    place.refused(["convert", "--to", "mcore", "--model", model, "--output_dir", out], *named)
+    place.refused(["verify", "--model", model, "--checkpoint", model], *named)
+
+
+def _no_template(model: Path) -> None:
+    (model / "chat_template.jinja").unlink()
+    edit_json(model / "tokenizer_config.json", lambda c: c.pop("chat_template", None))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda m: (m / "tokenizer.json").unlink(), ("model has no tokenizer",)),
+        (lambda m: (m / "tokenizer.json").write_text("{}"), ("the tokenizer of", "model cannot be loaded")),
+        (_no_template, ("model has no chat template",)),
+        (lambda m: (m / "chat_template.jinja").write_text("{% for"), ("chat template", "model")),
+        (lambda m: (m / "chat_template.jinja").write_text("hello"), ("chat template", "model")),
+    ],
+)
+def test_broken_tokenizers(place: Place, damage: Callable[[Path], Any], named: tuple[str, ...]) -> None:
+    damage(place.model)
+    place.refused(place.sft("--dry_run"), *named)
+
+
+def test_tokenizer_of_another_model(place: Place) -> None:
+    other = build_tiny_qwen3(
+        place.root / "other", hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8, vocab_size=200
+    )
+    place.capsys.readouterr()
+    place.refused(place.sft("--dry_run", "--model", str(other)), "token id", "vocab_size is 200")
+
+
+def _unanswered(path: Path) -> None:
+    rows = question_rows()
+    rows[2]["messages"].pop()
+    write_rows(path, rows)
+
+
+def _broken_line(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([lines[0], '{"messages": [', *lines[2:]]), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda d: d.unlink(), ("data.jsonl does not exist",)),
+        (_unanswered, ("data.jsonl, row 3:", "no assistant answer")),
+        (_broken_line, ("data.jsonl, row 2:", "not valid JSON")),
+        (lambda d: d.write_text(""), ("data.jsonl holds no rows",)),
+        (lambda d: write_rows(d, [{"text": "no format"}]), ("data.jsonl, row 1:", "no recognised keys (found: text)")),
+        (lambda d: d.write_text("[]\n"), ("data.jsonl, row 1:", "not an object")),
+        (lambda d: write_rows(d, question_rows(1)), ()),
+    ],
+)
+def test_broken_data(place: Place, damage: Callable[[Path], Any], named: tuple[str, ...]) -> None:
+    damage(place.data)
+    extra = ["--split_dataset_ratio", "0.5"] if not named else []
+    place.refused(place.sft("--dry_run", *extra), *(named or ("split_dataset_ratio=0.5 needs at least 2 rows",)))
+
+
+def test_rows_that_are_all_too_long(place: Place) -> None:
+    place.refused(place.sft("--dry_run", "--max_length", "4"), "none of the 8 rows is left", "max_length=4")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--train_type lora", "train_type lora is not available"),
+        ("--tuner_type lora", "train_type lora is not available"),
+        ("--packing", "--packing: packing is not available"),
+        ("--lora_rank 8", "--lora_rank: LoRA is not available"),
+        ("--context_parallel_size 2", "context_parallel_size > 1 is not available"),
+        ("--expert_model_parallel_size 2", "expert parallelism"),
+        ("--async_save", "async_save is not available"),
+        ("--report_to wandb", "report_to 'wandb' is not available"),
+        ("--learning_rte 1", "unknown option --learning_rte; did you mean --learning_rate?"),
+        ("--learning_rate -1", "learning_rate must not be negative, not -1.0"),
+        ("--learning_rate nan", "learning_rate must be a number, not 'nan'"),
+        ("--weight_decay -0.1", "weight_decay must not be negative"),
+        ("--adam_beta2 1", "adam_beta2 must be in [0, 1), not 1.0"),
+        ("--adam_epsilon 0", "adam_epsilon must be positive"),
+        ("--warmup_ratio 2", "warmup_ratio must be in [0, 1], not 2.0"),
+        ("--max_steps 0", "max_steps must be at least 1, not 0"),
+        ("--num_train_epochs 0", "num_train_epochs must be positive"),
+        ("--save_steps 0", "save_steps must be at least 1"),
+        ("--save_total_limit 0", "save_total_limit must be at least 1"),
+        ("--seed -1", "seed must be in [0, 2**32), not -1"),
+        ("--max_length 1", "max_length must be at least 2"),
+        ("--split_dataset_ratio 1", "split_dataset_ratio must be in [0, 1), not 1.0"),
+        ("--dataloader_num_workers -1", "dataloader_num_workers must not be negative"),
+        ("--global_batch_size 3 --nproc_per_node 4", "global_batch_size 3 is not a multiple"),
+        ("--nproc_per_node 0", "nproc_per_node must be at least 1, not 0"),
+        ("--nproc_per_node 3", "3 processes do not hold TP 2 x PP 1 x CP 1 = 2 ranks"),
+        ("--nnodes 2", "NNODES > 1 needs NODE_RANK, MASTER_ADDR and MASTER_PORT"),
+        ("--nnodes 2 --node_rank 2 --master_addr a --master_port 1", "node_rank must be in [0, 2), not 2"),
+        (
+            "--tensor_model_parallel_size 3 --nproc_per_node 3",
+            "tensor_model_parallel_size 3 does not divide the model's num_attention_heads 4",
+        ),
+        (
+            "--tensor_model_parallel_size 4 --nproc_per_node 4",
+            "tensor_model_parallel_size 4 does not divide the model's num_key_value_heads 2",
+        ),
+        ("--pipeline_model_parallel_size 4 --nproc_per_node 8", "2 layers cannot fill 4 pipeline chunks"),
+        ("--decoder_layers_per_stage 3", "decoder_layers_per_stage [3]"),
+        ("--sequence_parallel false", "sequence_parallel cannot be switched off"),
+        ("--config none.yaml", "--config none.yaml: No such file"),
+    ],
+)
+def test_settings_that_cannot_be(place: Place, words: str, named: str) -> None:
+    place.refused(place.sft(*words.split()), named)
+
+
+@pytest.mark.parametrize(
+    ("missing", "named"),
+    [("--model", "pass --model DIR"), ("--dataset", "pass --dataset FILE"), ("--output_dir", "pass --output_dir DIR")],
+)
+def test_what_every_run_needs(place: Place, missing: str, named: str) -> None:
+    words = place.sft()
+    at = words.index(missing)
+    place.refused(words[:at] + words[at + 2 :], named)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("NPROC_PER_NODE", "many", "nproc_per_node must be a whole number, not 'many'"),
+        ("NPROC_PER_NODE", "3", "3 processes do not hold TP 2"),
+        ("NNODES", "2", "NNODES > 1 needs NODE_RANK"),
+    ],
+)
+def test_environment(place: Place, monkeypatch: pytest.MonkeyPatch, name: str, value: str, named: str) -> None:
+    monkeypatch.setenv(name, value)
+    words = place.sft()
+    words.remove("--nproc_per_node")
+    words.remove("2")
+    place.refused(words, named)
+
+
+def test_output_directories(place: Place) -> None:
+    place.out.mkdir()
+    (place.out / "notes.txt").write_text("mine")
+    place.refused(place.sft(), "out is in use", "--resume_from_checkpoint auto")
+    place.refused(place.sft("--dry_run"), "out is in use")
+    convert = ["convert", "--to", "mcore", "--model", str(place.model), "--output_dir"]
+    place.refused([*convert, str(place.out)], "out is not empty")
+    file = str(place.out / "notes.txt")
+    place.refused(place.sft("--output_dir", file), "notes.txt is a file")
+    place.refused([*convert, file], "notes.txt is a file")
+    place.refused(place.sft("--output_dir", f"{file}/run"), "notes.txt/run cannot be made", "notes.txt is a file")
+    place.refused([*convert, f"{file}/run"], "notes.txt/run", "Not a directory")
+
+
+def test_resuming_from_nothing(place: Place) -> None:
+    missing = place.root / "checkpoint-7"
+    resume = place.sft("--resume_from_checkpoint", str(missing))
+    place.refused(resume, "checkpoint-7 is not a directory")
+    missing.mkdir()
+    place.refused(resume, "checkpoint-7 is not a complete training checkpoint")
+    (missing / "trainer_state.json").write_text("{}")
+    (missing / ".metadata").write_bytes(b"")
+    place.refused(resume, "checkpoint-7 is not a complete training checkpoint")
+    (missing / "metadata.json").write_text("{}")
+    place.refused(resume, "checkpoint-7/trainer_state.json cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--model M --output_dir O", "pass --to mcore or --to hf"),
+        ("--to onnx", "to must be one of mcore, hf, not 'onnx'"),
+        ("--to mcore --output_dir O", "--to mcore reads --model"),
+        ("--to hf --output_dir O", "--to hf reads --checkpoint"),
+        ("--to mcore --model M --checkpoint M --output_dir O", "--checkpoint does not go with --to mcore"),
+        ("--to mcore --model M", "pass --output_dir DIR"),
+        ("--to mcore --model M --output_dir O --max_shard_size 1GB", "max_shard_size does not go with --to mcore"),
+        ("--to mcore --model M --output_dir O --torch_dtype int8", "torch_dtype must be one of"),
+        ("--to mcore --model M --output_dir O --tensor_model_parallel_size 4", "num_key_value_heads 2"),
+        ("--to mcore --model M --output_dir O --tensor_model_parallel_size 0", "must be at least 1, not 0"),
+        ("--to mcore --model M --output_dir O --pipeline_model_parallel_size 3", "2 layers cannot fill 3"),
+        ("--to hf --checkpoint NONE --output_dir O", "NONE does not exist"),
+        ("--to hf --checkpoint M --output_dir O", "is incomplete"),
+        ("--to hf --checkpoint M --output_dir O --max_shard_size lots", "max_shard_size must be a size"),
+        ("--to hf --checkpoint M --output_dir O --max_shard_size 0", "max_shard_size"),
+        ("--to mcore --modle M", "unknown option --modle; did you mean --model?"),
+    ],
+)
+def test_convert(place: Place, words: str, named: str) -> None:
+    paths = {"M": str(place.model), "O": str(place.out), "NONE": str(place.root / "NONE")}
+    place.refused(["convert", *(paths.get(word, word) for word in words.split())], named)
+
+
+def test_a_checkpoint_with_a_part_missing(place: Place) -> None:
+    checkpoint = place.root / "mcore"
+    assert main(["convert", "--to", "mcore", "--model", str(place.model), "--output_dir", str(checkpoint)]) == 0
+    export = ["convert", "--to", "hf", "--checkpoint", str(checkpoint), "--output_dir", str(place.out)]
+    compare = ["verify", "--model", str(place.model), "--checkpoint", str(checkpoint)]
+    (shard,) = checkpoint.glob("*.distcp")
+    _truncate(shard)
+    place.refused(export, shard.name)
+    place.refused(compare, shard.name)
+    shard.unlink()
+    place.refused(export, shard.name)
+    place.refused(compare, shard.name)
+    (checkpoint / ".metadata").unlink()
+    place.refused(export, "mcore is incomplete: it has no .metadata")
+
+
+def test_verify(place: Place) -> None:
+    model, missing = str(place.model), str(place.root / "none")
+    place.refused(["verify", "--model", model], "pass both")
+    place.refused(["verify", "--model", missing, "--checkpoint", model], "none does not exist")
+    place.refused(["verify", "--model", model, "--checkpoint", missing], "none does not exist")
+    report = ["--report", f"{missing}/report.json"]
+    place.refused(["verify", "--model", model, "--checkpoint", model, *report], "none/report.json cannot be written")
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train"]) == 2
+    assert_one_line(capsys.readouterr().err, "train", "unknown command 'train'; commands are sft, convert, verify")
+    assert main([]) == 2
+    assert "usage: braid COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda model, data: _unanswered(data), ("data.jsonl, row 3:", "no assistant answer")),
+        (lambda model, data: _truncate(model / "model.safetensors"), ("model.safetensors is truncated",)),
+    ],
+)
+def test_several_processes_end_with_one_message(
+    place: Place, cache: Path, damage: Callable[[Path, Path], Any], named: tuple[str, ...]
+) -> None:
+    damage(place.model, place.data)
+    words = place.sft()
+    del words[words.index("--nproc_per_node") :][:2]
+    before = everything_in(place.root)
+    run = braid(*words, cache=cache, NPROC_PER_NODE="2")
+    assert run.code == 2, run.stderr
+    assert_one_line(run.stderr, "sft", *named)
+    assert run.stdout == ""
+    assert run.left_running == ()
+    assert everything_in(place.root) == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """`small_disk(bytes)` mounts a file system of that size; only root may."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system to fill")
+    directory = tmp_path / "disk"
+
+    def mount(size: int) -> Path:
+        directory.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)], check=True)
+        return directory
+
+    yield mount
+    if os.path.ismount(directory):
+        subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_convert_onto_a_full_disk(place: Place, small_disk: Callable[[int], Path]) -> None:
+    disk = small_disk(300_000)
+    place.refused(
+        ["convert", "--to", "mcore", "--model", str(place.model), "--output_dir", str(disk / "mcore")], "disk full", str(disk)
+    )
+
+
+def test_a_run_that_cannot_fit_on_the_disk_does_not_start(place: Place, small_disk: Callable[[int], Path]) -> None:
+    disk = small_disk(300_000)
+    place.refused(place.sft("--output_dir", str(disk / "run")), "disk full", str(disk), "choose another output_dir")
+
+
+def test_a_disk_that_fills_up_while_training(place: Place, cache: Path, small_disk: Callable[[int], Path]) -> None:
+    """One checkpoint of 2.6 MB fits, the second does not."""
+    out = small_disk(4_000_000) / "run"
+    words = place.sft("--output_dir", str(out), "--max_steps", "2", "--save_steps", "1", "--nproc_per_node", "1")
+    run = braid(*words, "--tensor_model_parallel_size", "1", cache=cache)
+    assert run.code == 2, run.stderr
+    assert_one_line(run.stderr, "sft", f"disk full while writing {out}", "save_total_limit")
+    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-1"]
+    assert not (out / "hf").exists()
+    assert "step 2/2" in run.stdout
