@@ -1,8 +1,8 @@
 """What can go wrong, by whose doing.
 
-Every error that a user can cause derives from `UserError`: the command line prints its message as one line and ends
-with exit code 2. Anything else is a bug and keeps its traceback. A message names the file, key or value and says what
-to do about it.
+Every error that a user can cause derives from `UserError`: the command line prints its message as one line
+and ends with exit code 2. Anything else is a bug and keeps its traceback. A message names the file, key or
+value and says what to do about it.
 """
 
 
@@ -21,7 +21,9 @@ class DataError(UserError):
 
 
 class ModelError(UserError):
-    """A model directory is incomplete, of an unsupported architecture, or its weights do not fit its configuration."""
+    """A model directory is incomplete, of an unsupported architecture, or its weights do not fit its
+    configuration.
+    """
 
 
 class CheckpointError(UserError):

@@ -1,4 +1,6 @@
-"""The `braid` command. Imports of torch and Megatron wait until a command needs them: `--help` answers at once."""
+"""The `braid` command. Imports of torch and Megatron wait until a command needs them: `--help` answers at
+once.
+"""
 
 import os
 import sys
@@ -13,12 +15,14 @@ commands:
   convert   Hugging Face checkpoint <-> Megatron checkpoint
   verify    prove that two checkpoints hold the same model (exit code 0: the same, 1: not)
 
-braid COMMAND --help lists a command's flags. NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT start
-several processes; under torchrun or Slurm the same command is the worker."""
+braid COMMAND --help lists a command's flags. NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT
+start several processes; under torchrun or Slurm the same command is the worker."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 good, 1 failed, 2 the user can mend it (one line says how)."""
+    """Run a command and return its exit code: 0 good, 1 failed, 2 the user can mend it (one line says
+    how).
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.config.parallel import ParallelLayout
 from engine.config.options import ParallelOptions
+from engine.config.parallel import ParallelLayout
 from engine.config.parse import help_text, parse
 from engine.errors import ConfigError, OutputError
 
@@ -89,7 +89,8 @@ def convert(argv: Sequence[str]) -> int:
         report = to_hf(options.checkpoint or "", options.output_dir, dtype=dtype, max_shard_size=size)
     rate = report.bytes / 1e9 / max(report.seconds, 1e-9)
     print(
-        f"{report.output_dir}: {report.tensors} tensors, {report.bytes / 1e9:.3f} GB in {report.seconds:.2f} s "
+        f"{report.output_dir}: {report.tensors} tensors, {report.bytes / 1e9:.3f} GB in "
+        f"{report.seconds:.2f} s "
         f"({rate:.2f} GB/s)"
     )
     return 0

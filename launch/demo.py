@@ -1,7 +1,7 @@
 """`make demo`: the main job on a CPU, end to end, with nothing downloaded.
 
-A tiny random Qwen3 checkpoint -> Megatron shards and a verdict -> full SFT at TP2 x PP2 on four processes with the
-distributed optimizer -> `hf/` -> greedy answers by transformers, before and after.
+A tiny random Qwen3 checkpoint -> Megatron shards and a verdict -> full SFT at TP2 x PP2 on four processes
+with the distributed optimizer -> `hf/` -> greedy answers by transformers, before and after.
 """
 
 import shutil
@@ -37,7 +37,10 @@ def main() -> int:
     print(f"demo took {time.monotonic() - started:.0f} s")
     good = exact_before == 0 and exact_after >= WANTED_SHARE * len(questions)
     if not good:
-        print(f"demo failed: expected no exact answer before training and {WANTED_SHARE:.0%} after", file=sys.stderr)
+        print(
+            f"demo failed: expected no exact answer before training and {WANTED_SHARE:.0%} after",
+            file=sys.stderr,
+        )
     return 0 if good else 1
 
 
@@ -50,7 +53,9 @@ def answer(model_dir: Path, questions: Sequence[str], *, max_new_tokens: int = 4
     model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32)
     tokenizer.padding_side = "left"
     prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True
+        )
         for q in questions
     ]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
@@ -59,7 +64,12 @@ def answer(model_dir: Path, questions: Sequence[str], *, max_new_tokens: int = 4
         output = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
-    return [text.strip() for text in tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
+    return [
+        text.strip()
+        for text in tokenizer.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+    ]
 
 
 def print_table(
@@ -81,7 +91,9 @@ def print_table(
         table.add_row(question, repr(first), second, "yes" if second == wanted else "no")
     count = len(questions)
     table.add_section()
-    table.add_row("exact answers", f"{exact[0]} of {count}", f"{exact[1]} of {count}", f"{exact[1] / count:.0%}")
+    table.add_row(
+        "exact answers", f"{exact[0]} of {count}", f"{exact[1]} of {count}", f"{exact[1] / count:.0%}"
+    )
     Console(width=130).print(table)
     return exact[0], exact[1]
 

@@ -19,14 +19,17 @@ def check_room(output_dir: Path, *, num_parameters: int, weight_bytes: int) -> N
     free = shutil.disk_usage(place).free
     if free < needed:
         raise OutputError(
-            f"disk full: {place} has {free / 1e9:.3f} GB free, a checkpoint and the export of this model need "
+            f"disk full: {place} has {free / 1e9:.3f} GB free, a checkpoint and the export of this model "
+            f"need "
             f"{needed / 1e9:.3f} GB; make room or choose another output_dir"
         )
 
 
 @contextmanager
 def full_disk_named(output_dir: Path) -> Iterator[None]:
-    """Turn what a full disk does to any writer into an OutputError, and remove the checkpoint that was being written."""
+    """Turn what a full disk does to any writer into an OutputError, and remove the checkpoint that was being
+    written.
+    """
     try:
         yield
     except UserError:

@@ -38,7 +38,9 @@ class World:
 
 
 def launch_environment() -> dict[str, str]:
-    """Launch options that the environment sets. Under torchrun or Slurm these variables describe the worker instead."""
+    """Launch options that the environment sets. Under torchrun or Slurm these variables describe the worker
+    instead.
+    """
     if _worker_world() is not None:
         return {}
     return {option: os.environ[name] for name, option in ENVIRONMENT.items() if os.environ.get(name)}
@@ -49,7 +51,8 @@ def find_world(options: LaunchOptions) -> World:
     worker = _worker_world()
     if worker is not None:
         return worker
-    local_size, nodes = options.nproc_per_node or 1, options.nnodes or 1
+    local_size = 1 if options.nproc_per_node is None else options.nproc_per_node
+    nodes = 1 if options.nnodes is None else options.nnodes
     for name, value in (("nproc_per_node", local_size), ("nnodes", nodes)):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, not {value}")
@@ -68,24 +71,31 @@ def _worker_world() -> World | None:
         size = int(env["WORLD_SIZE"])
         local_size = int(env.get("LOCAL_WORLD_SIZE", size))
         local_rank = int(env.get("LOCAL_RANK", env["RANK"]))
-        return World(rank=int(env["RANK"]), size=size, local_rank=local_rank, local_size=local_size, started=True)
+        return World(
+            rank=int(env["RANK"]), size=size, local_rank=local_rank, local_size=local_size, started=True
+        )
     if env.get("NPROC_PER_NODE") or env.get("NNODES"):
         return None  # srun started one launcher per node, which starts the ranks of its node
     tasks = int(env.get("SLURM_NTASKS", "1"))
-    # An interactive allocation sets SLURM_NTASKS without being a step; srun's tasks have a step id that is a number.
+    # An interactive allocation sets SLURM_NTASKS without being a step; srun's tasks have a step id that is a
+    # number.
     if "SLURM_PROCID" in env and tasks > 1 and env.get("SLURM_STEP_ID", "").isdigit():
         return World(
             rank=int(env["SLURM_PROCID"]),
             size=tasks,
             local_rank=int(env.get("SLURM_LOCALID", "0")),
-            local_size=int(env.get("SLURM_NTASKS_PER_NODE", "") or tasks // int(env.get("SLURM_NNODES", "1"))),
+            local_size=int(
+                env.get("SLURM_NTASKS_PER_NODE", "") or tasks // int(env.get("SLURM_NNODES", "1"))
+            ),
             started=True,
         )
     return None
 
 
 def open_world(world: World) -> None:
-    """Set the variables that torch.distributed reads under Slurm, where torchrun does not. A single process needs none."""
+    """Set the variables that torch.distributed reads under Slurm, where torchrun does not. A single process
+    needs none.
+    """
     if not world.started:
         return
     os.environ.setdefault("RANK", str(world.rank))
@@ -97,7 +107,9 @@ def open_world(world: World) -> None:
 
 
 def run_worker(world: World, work: Callable[[], None], place: Callable[[], str]) -> int:
-    """Run a rank's work; a failure is reported once, by the launcher or by this rank. Returns the exit code."""
+    """Run a rank's work; a failure is reported once, by the launcher or by this rank. Returns the exit
+    code.
+    """
     try:
         work()
         return 0
@@ -120,7 +132,8 @@ def _report(world: World, message: str, code: int, place: str) -> None:
         partial.write_text(json.dumps(record), encoding="utf-8")
         partial.rename(Path(folder, f"{world.rank}.json"))
     elif place or world.rank == 0:
-        # Started by somebody else's torchrun: what goes wrong before the grid exists goes wrong on every rank alike.
+        # Started by somebody else's torchrun: what goes wrong before the grid exists goes wrong on every rank
+        # alike.
         print(_format(message, code, where), file=sys.stderr, flush=True)
 
 
@@ -129,7 +142,9 @@ def _format(message: str, code: int, where: str) -> str:
 
 
 def start_processes(options: LaunchOptions, world: World, argv: Sequence[str]) -> int:
-    """Start this node's ranks with torch's elastic agent and wait for them. Returns the exit code of the run."""
+    """Start this node's ranks with torch's elastic agent and wait for them. Returns the exit code of the
+    run.
+    """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -149,7 +164,7 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str]) -
             max_restarts=0,
             # Rank 0 speaks; what other ranks print is kept only as long as the run.
             logs_specs=DefaultLogsSpecs(
-                log_dir=folder, redirects={rank: Std.ALL for rank in range(1, world.local_size)}
+                log_dir=folder, redirects=dict.fromkeys(range(1, world.local_size), Std.ALL)
             ),
         )
         try:

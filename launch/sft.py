@@ -46,7 +46,8 @@ class Blueprint:
         spec = self.spec
         return "\n".join(
             [
-                f"model: {self.model_dir} ({spec.architecture}, {spec.num_parameters() / 1e6:,.1f} M parameters, "
+                f"model: {self.model_dir} ({spec.architecture}, {spec.num_parameters() / 1e6:,.1f} M "
+                f"parameters, "
                 f"{spec.num_layers} layers)",
                 f"layout: {self.layout.summary()}",
                 self.layout.grid(),
@@ -67,13 +68,17 @@ def sft(argv: Sequence[str]) -> int:
         return _dry_run(draw(config, given, world)) if world.rank == 0 else 0
     if world.started or world.size == 1:
         place: list[str] = []
-        return run_worker(world, lambda: _worker(config, given, world, place), lambda: place[0] if place else "")
+        return run_worker(
+            world, lambda: _worker(config, given, world, place), lambda: place[0] if place else ""
+        )
     check_files(draw(config, given, world))
     return start_processes(config.launch, world, ["sft", *argv])
 
 
 def draw(config: SftConfig, given: set[str], world: World) -> Blueprint:
-    """Check all settings against each other and the model. Raises UserError; imports neither torch nor Megatron."""
+    """Check all settings against each other and the model. Raises UserError; imports neither torch nor
+    Megatron.
+    """
     from engine.data.prepare import check_options
     from engine.training.resume import TrainerState, resolve_resume
 
@@ -139,7 +144,9 @@ def _check_ranges(config: SftConfig) -> None:
 
 
 def check_files(blueprint: Blueprint) -> None:
-    """Check what lies on disk before any rank starts or anything is written. Of weights only the headers are read."""
+    """Check what lies on disk before any rank starts or anything is written. Of weights only the headers are
+    read.
+    """
     check_output_dir(blueprint)
     options = blueprint.config.model
     in_fp32 = options.torch_dtype == "float32" or (options.torch_dtype is None and options.device == "cpu")
@@ -158,9 +165,14 @@ def check_output_dir(blueprint: Blueprint) -> None:
     directory = blueprint.output_dir
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"output_dir {directory} is a file; choose a directory")
-    if blueprint.config.run.resume_from_checkpoint is None and directory.is_dir() and any(directory.iterdir()):
+    if (
+        blueprint.config.run.resume_from_checkpoint is None
+        and directory.is_dir()
+        and any(directory.iterdir())
+    ):
         raise OutputError(
-            f"output_dir {directory} is in use; choose another, empty it, or pass --resume_from_checkpoint auto"
+            f"output_dir {directory} is in use; choose another, empty it, or pass --resume_from_checkpoint "
+            f"auto"
         )
     parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not parent.is_dir():
@@ -202,7 +214,9 @@ def _dry_run(blueprint: Blueprint) -> int:
 
 
 def _worker(config: SftConfig, given: set[str], world: World, place: list[str]) -> None:
-    """One rank's whole run. `place` receives the rank's grid coordinates once they are known, for error messages."""
+    """One rank's whole run. `place` receives the rank's grid coordinates once they are known, for error
+    messages.
+    """
     blueprint = draw(config, given, world)
     open_world(world)
     if world.rank == 0:
@@ -224,11 +238,13 @@ def _worker(config: SftConfig, given: set[str], world: World, place: list[str]) 
     from engine.runtime import mcore
 
     # A process of its own has nobody to meet, so it needs neither an address nor a port.
-    alone = {} if world.started else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    alone: dict[str, Any] = {} if world.started else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     timeout = timedelta(minutes=_DISTRIBUTED_TIMEOUT_MINUTES)
     dist.init_process_group(platform.backend, timeout=timeout, **alone)
     place.append(str(blueprint.layout.place(world.rank)))
-    groups = mcore.initialize(blueprint.layout, platform, seed=config.run.seed, deterministic=config.run.deterministic)
+    groups = mcore.initialize(
+        blueprint.layout, platform, seed=config.run.seed, deterministic=config.run.deterministic
+    )
     data = share_data(data, blueprint)
     with full_disk_named(blueprint.output_dir):
         last = train(blueprint, platform, groups, data)
@@ -240,7 +256,9 @@ def _worker(config: SftConfig, given: set[str], world: World, place: list[str]) 
 
 
 def prepare_here(blueprint: Blueprint, world: World) -> "PreparedData | None":
-    """Tokenise on one process of each node; the others import Megatron meanwhile and read the cache afterwards."""
+    """Tokenise on one process of each node; the others import Megatron meanwhile and read the cache
+    afterwards.
+    """
     if world.local_rank != 0:
         return None
     from engine.data.prepare import prepare
@@ -335,7 +353,8 @@ def _announce(blueprint: Blueprint, data: "PreparedData", plan: "BatchPlan") -> 
         print(f"resuming from {blueprint.resume}")
         if asked is not None and asked != blueprint.shape.accumulation:
             print(
-                f"gradient_accumulation_steps {asked} becomes {blueprint.shape.accumulation}: the run keeps its global "
+                f"gradient_accumulation_steps {asked} becomes {blueprint.shape.accumulation}: the run keeps "
+                f"its global "
                 f"batch of {blueprint.shape.global_batch_size} rows"
             )
 

@@ -21,7 +21,9 @@ def read_messages(path: Path) -> list[list[dict[str, str]]]:
 
 
 def build_tokenizer(texts: Iterable[str], directory: Path, *, vocab_size: int = 2048) -> int:
-    """Train a byte-level BPE tokenizer and save it as a transformers tokenizer; returns its number of tokens."""
+    """Train a byte-level BPE tokenizer and save it as a transformers tokenizer; returns its number of
+    tokens.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -44,22 +46,24 @@ def build_tokenizer(texts: Iterable[str], directory: Path, *, vocab_size: int = 
 
 
 def build_tiny_qwen3(directory: Path, *, seed: int = 0, **overrides: int) -> Path:
-    """Save a random Qwen3 checkpoint (about 2 million weights) with tokenizer and configs into `directory`."""
+    """Save a random Qwen3 checkpoint (about 2 million weights) with tokenizer and configs into
+    `directory`.
+    """
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     directory.mkdir(parents=True, exist_ok=True)
     vocab_size = build_tokenizer(_texts(), directory)
-    shape = dict(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=48,
-        max_position_embeddings=1024,
-    )
+    shape = {
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 48,
+        "max_position_embeddings": 1024,
+    }
     config = Qwen3Config(**(shape | overrides), tie_word_embeddings=False, bos_token_id=None, eos_token_id=2)
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config)

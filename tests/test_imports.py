@@ -1,4 +1,6 @@
-"""The rooms of the source tree: who imports whom, what an import drags in, and how long a piece of code may get."""
+"""The rooms of the source tree: who imports whom, what an import drags in, and how long a piece of code may
+get.
+"""
 
 import ast
 import subprocess
@@ -137,7 +139,11 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_config_and_spec_and_the_command_import_neither_torch_nor_megatron() -> None:
-    modules = [m for m in FILES if within(m, "engine.config") or m in ("engine.errors", "engine.model.spec", "launch.cli")]
+    modules = [
+        m
+        for m in FILES
+        if within(m, "engine.config") or m in ("engine.errors", "engine.model.spec", "launch.cli")
+    ]
     loaded = loaded_after("\n".join(f"import {module}" for module in modules))
     assert "engine" in loaded
     assert not loaded & {"torch", "megatron", "transformers", "numpy"}

@@ -20,7 +20,8 @@ def resolve_batch_shape(
 ) -> BatchShape:
     """Derive the missing one of accumulation and global batch. Raises ConfigError where they contradict.
 
-    A resumed run keeps the global batch it was started with, whatever the new layout: the accumulation follows.
+    A resumed run keeps the global batch it was started with, whatever the new layout: the accumulation
+    follows.
     """
     micro = options.per_device_train_batch_size
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
@@ -32,13 +33,16 @@ def resolve_batch_shape(
     if resumed_global_batch_size is not None:
         if wanted is not None and wanted != resumed_global_batch_size:
             raise ConfigError(
-                f"global_batch_size {wanted} differs from the resumed run's {resumed_global_batch_size}; leave it out"
+                f"global_batch_size {wanted} differs from the resumed run's {resumed_global_batch_size}; "
+                f"leave it out"
             )
         wanted, accumulation = resumed_global_batch_size, None
     per_pass = micro * data_parallel_size
     if wanted is None:
         accumulation = accumulation or 1
-        return BatchShape(micro_batch_size=micro, accumulation=accumulation, global_batch_size=per_pass * accumulation)
+        return BatchShape(
+            micro_batch_size=micro, accumulation=accumulation, global_batch_size=per_pass * accumulation
+        )
     if wanted < 1 or wanted % per_pass:
         raise ConfigError(
             f"global_batch_size {wanted} is not a multiple of per_device_train_batch_size {micro} x "
@@ -47,6 +51,7 @@ def resolve_batch_shape(
     if accumulation is not None and per_pass * accumulation != wanted:
         raise ConfigError(
             f"global_batch_size {wanted} contradicts {micro} x {accumulation} x {data_parallel_size} = "
-            f"{per_pass * accumulation} rows (micro-batch x gradient_accumulation_steps x data-parallel ranks)"
+            f"{per_pass * accumulation} rows (micro-batch x gradient_accumulation_steps x data-parallel "
+            f"ranks)"
         )
     return BatchShape(micro_batch_size=micro, accumulation=wanted // per_pass, global_batch_size=wanted)

@@ -1,7 +1,7 @@
 """The options of a command, one keyword-only dataclass per concern.
 
-Field names are the flags (`--learning_rate`) and the YAML keys (`learning_rate:`). The string under a field is its help
-text: `braid sft --help` prints it, so it is written once.
+Field names are the flags (`--learning_rate`) and the YAML keys (`learning_rate:`). The string under a field
+is its help text: `braid sft --help` prints it, so it is written once.
 """
 
 from dataclasses import dataclass, field
@@ -19,13 +19,17 @@ class ModelOptions:
     """Train every weight, or LoRA adapters."""
 
     torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Arithmetic of the run; the optimizer keeps fp32 master weights. Default: bfloat16 on CUDA, float32 on CPU."""
+    """Arithmetic of the run; the optimizer keeps fp32 master weights. Default: bfloat16 on CUDA, float32 on
+    CPU.
+    """
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run; auto takes CUDA where a GPU is visible."""
 
     transformer_impl: Literal["auto", "torch", "te"] = "auto"
-    """Layers of plain torch, or of Transformer Engine where it is installed (auto: on CUDA, where it imports)."""
+    """Layers of plain torch, or of Transformer Engine where it is installed (auto: on CUDA, where it
+    imports).
+    """
 
 
 @dataclass(kw_only=True)
@@ -115,7 +119,9 @@ class OptimizerOptions:
     """Reduce gradients while the backward pass still runs (data-parallel size > 1)."""
 
     overlap_param_gather: bool = True
-    """Gather updated parameters while the next forward pass runs (distributed optimizer, data-parallel size > 1)."""
+    """Gather updated parameters while the next forward pass runs (distributed optimizer, data-parallel size >
+    1).
+    """
 
 
 @dataclass(kw_only=True)
@@ -190,7 +196,9 @@ class RunOptions:
     """Checkpoints kept; older ones are removed."""
 
     resume_from_checkpoint: str | None = None
-    """A checkpoint directory, or `auto` for the newest complete one in output_dir (a fresh start if there is none)."""
+    """A checkpoint directory, or `auto` for the newest complete one in output_dir (a fresh start if there is
+    none).
+    """
 
     async_save: bool = False
     """Write checkpoints beside training. Not built yet: refused."""

@@ -21,7 +21,9 @@ class RankPlace:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """Checked degrees. tp * cp * dp * pp == world_size; Megatron's default rank order, tp fastest, pp slowest."""
+    """Checked degrees. tp * cp * dp * pp == world_size; Megatron's default rank order, tp fastest, pp
+    slowest.
+    """
 
     world_size: int
     tp: int
@@ -37,22 +39,31 @@ class ParallelLayout:
 
     @classmethod
     def resolve(cls, options: ParallelOptions, *, num_layers: int, world_size: int) -> "ParallelLayout":
-        """Check the degrees against each other, the model's depth and the number of ranks. Raises ConfigError."""
+        """Check the degrees against each other, the model's depth and the number of ranks. Raises
+        ConfigError.
+        """
         tp, pp = options.tensor_model_parallel_size, options.pipeline_model_parallel_size
-        vpp = options.virtual_pipeline_model_parallel_size or 1
+        vpp, etp = (
+            1 if degree is None else degree
+            for degree in (options.virtual_pipeline_model_parallel_size, options.expert_tensor_parallel_size)
+        )
         cp = options.context_parallel_size
         degrees = {
             "tensor_model_parallel_size": tp,
             "pipeline_model_parallel_size": pp,
             "virtual_pipeline_model_parallel_size": vpp,
             "context_parallel_size": cp,
+            "expert_model_parallel_size": options.expert_model_parallel_size,
+            "expert_tensor_parallel_size": etp,
         }
         for name, degree in degrees.items():
             if degree < 1:
                 raise ConfigError(f"{name} must be at least 1, not {degree}")
         cls._refuse_unproven(options)
         if vpp > 1 and pp == 1:
-            raise ConfigError("virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of at least 2")
+            raise ConfigError(
+                "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of at least 2"
+            )
         if world_size % (tp * pp * cp):
             raise ConfigError(
                 f"{world_size} processes do not hold TP {tp} x PP {pp} x CP {cp} = {tp * pp * cp} ranks; "
@@ -80,7 +91,9 @@ class ParallelLayout:
         if options.context_parallel_size > 1:
             raise ConfigError("context_parallel_size > 1 is not available in this version; use 1")
         if options.expert_model_parallel_size > 1 or (options.expert_tensor_parallel_size or 1) > 1:
-            raise ConfigError("expert parallelism needs a mixture-of-experts model, not available in this version; use 1")
+            raise ConfigError(
+                "expert parallelism needs a mixture-of-experts model, not available in this version; use 1"
+            )
 
     def place(self, rank: int) -> RankPlace:
         """The grid coordinates of a global rank."""
@@ -98,7 +111,9 @@ class ParallelLayout:
         ]
 
     def megatron_layout(self) -> list[list[str]] | None:
-        """Megatron's `pipeline_model_parallel_layout`: what each chunk holds. None without pipeline parallelism."""
+        """Megatron's `pipeline_model_parallel_layout`: what each chunk holds. None without pipeline
+        parallelism.
+        """
         if self.pp == 1:
             return None
         chunks = [["decoder"] * count for count in self.layers_per_chunk]
@@ -121,7 +136,9 @@ class ParallelLayout:
         )
 
     def grid(self, *, max_rows: int = 32) -> str:
-        """A table of ranks: one row per pipeline rank and data-parallel replica, with the layers they hold."""
+        """A table of ranks: one row per pipeline rank and data-parallel replica, with the layers they
+        hold.
+        """
         rows = []
         for pp in range(self.pp):
             layers = " + ".join(f"{c.start}-{c.stop - 1}" if len(c) else "none" for c in self.chunks_of(pp))
@@ -136,16 +153,19 @@ def _split_layers(num_layers: int, chunks: int, wanted: list[int] | None) -> tup
     if wanted is not None:
         if len(wanted) != chunks or sum(wanted) != num_layers or min(wanted) < 1:
             raise ConfigError(
-                f"decoder_layers_per_stage {wanted} must be {chunks} positive numbers that add up to {num_layers} layers"
+                f"decoder_layers_per_stage {wanted} must be {chunks} positive numbers that add up to "
+                f"{num_layers} layers"
             )
         return tuple(wanted)
     if chunks > num_layers:
         raise ConfigError(
-            f"{num_layers} layers cannot fill {chunks} pipeline chunks; lower pipeline_model_parallel_size or "
+            f"{num_layers} layers cannot fill {chunks} pipeline chunks; lower pipeline_model_parallel_size "
+            f"or "
             f"virtual_pipeline_model_parallel_size"
         )
     base, extra = divmod(num_layers, chunks)
-    # The first chunk also holds the embedding and the last one the LM head and the loss: they get the spare layers last.
+    # The first chunk also holds the embedding and the last one the LM head and the loss: they get the spare
+    # layers last.
     order = [*range(1, chunks - 1), 0, chunks - 1] if chunks > 1 else [0]
     counts = [base] * chunks
     for chunk in order[:extra]:

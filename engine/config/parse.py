@@ -1,12 +1,11 @@
 """YAML file + flags -> option dataclasses, and back to a flat mapping.
 
-Both sources go through one table of options and one conversion, so that a YAML key and a flag always mean the same.
-Later sources win: defaults < YAML file < environment < flags.
+Both sources go through one table of options and one conversion, so that a YAML key and a flag always mean the
+same. Later sources win: defaults < YAML file < environment < flags.
 """
 
 import ast
 import difflib
-import functools
 import inspect
 import math
 import types
@@ -43,7 +42,9 @@ NOT_BUILT: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One flag: its name, the group (attribute of the config) it lives in, its type, default and help text."""
+    """One flag: its name, the group (attribute of the config) it lives in, its type, default and help
+    text.
+    """
 
     name: str
     group: str | None
@@ -52,9 +53,10 @@ class Option:
     help: str
 
 
-@functools.cache
-def options_of(config_type: type) -> dict[str, Option]:
-    """All options of a config by flag name. Its fields are option groups (dataclasses), or options themselves."""
+def options_of(config_type: Any) -> dict[str, Option]:
+    """All options of a config by flag name. Its fields are option groups (dataclasses), or options
+    themselves.
+    """
     default, found, hints = config_type(), {}, typing.get_type_hints(config_type)
     docs = _field_docs(config_type)
     for item in fields(config_type):
@@ -62,11 +64,19 @@ def options_of(config_type: type) -> dict[str, Option]:
         if is_dataclass(value):
             for option in options_of(type(value)).values():
                 found[option.name] = Option(
-                    name=option.name, group=item.name, annotation=option.annotation, default=option.default, help=option.help
+                    name=option.name,
+                    group=item.name,
+                    annotation=option.annotation,
+                    default=option.default,
+                    help=option.help,
                 )
         else:
             found[item.name] = Option(
-                name=item.name, group=None, annotation=hints[item.name], default=value, help=docs.get(item.name, "")
+                name=item.name,
+                group=None,
+                annotation=hints[item.name],
+                default=value,
+                help=docs.get(item.name, ""),
             )
     return found
 
@@ -76,8 +86,8 @@ def parse(
 ) -> tuple[Config, set[str]]:
     """Build a config from command-line words (`--config FILE` names the YAML file).
 
-    Returns the config and the names of the options that were set by anyone. `environment` maps option names to strings.
-    Raises ConfigError for an unknown, repeated-with-alias or unconvertible option.
+    Returns the config and the names of the options that were set by anyone. `environment` maps option names
+    to strings. Raises ConfigError for an unknown, repeated-with-alias or unconvertible option.
     """
     flags = read_flags(argv, options_of(config_type))
     values: dict[str, Any] = {}
@@ -110,7 +120,9 @@ def flatten(config: Any) -> dict[str, Any]:
 
 
 def read_flags(argv: Sequence[str], table: Mapping[str, Option]) -> dict[str, Any]:
-    """`--name value`, `--name=value`, bare `--name` for switches, several values for lists. Raises ConfigError."""
+    """`--name value`, `--name=value`, bare `--name` for switches, several values for lists. Raises
+    ConfigError.
+    """
     flags: dict[str, Any] = {}
     words = list(argv)
     while words:
@@ -138,7 +150,9 @@ def _takes_list(annotation: Any) -> bool:
 
 
 def convert(name: str, value: Any, annotation: Any) -> Any:
-    """`value` (a string, or what YAML made of it) as the annotated type. Raises ConfigError naming the option."""
+    """`value` (a string, or what YAML made of it) as the annotated type. Raises ConfigError naming the
+    option.
+    """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
@@ -205,7 +219,9 @@ def _resolve_names(
             raise ConfigError(f"{where}: unknown option {prefix}{given}{hint}")
         if name in resolved:
             first = spelling[name]
-            raise ConfigError(f"{where}: {prefix}{first} and {prefix}{given} are the same option; give one of them")
+            raise ConfigError(
+                f"{where}: {prefix}{first} and {prefix}{given} are the same option; give one of them"
+            )
         resolved[name], spelling[name] = value, given
     return resolved
 
@@ -254,7 +270,13 @@ def help_text(config_type: type) -> str:
 
 
 def _show(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value).lower() if value in (True, False) else str(value)
+    return (
+        " ".join(map(str, value))
+        if isinstance(value, list)
+        else str(value).lower()
+        if value in (True, False)
+        else str(value)
+    )
 
 
 def _type_name(annotation: Any) -> str:

@@ -64,7 +64,9 @@ def check_options(options: DataOptions) -> None:
     if options.max_length < 2:
         raise ConfigError(f"max_length must be at least 2, not {options.max_length}")
     if options.dataloader_num_workers < 0:
-        raise ConfigError(f"dataloader_num_workers must not be negative, not {options.dataloader_num_workers}")
+        raise ConfigError(
+            f"dataloader_num_workers must not be negative, not {options.dataloader_num_workers}"
+        )
 
 
 def prepare(options: DataOptions, model_dir: str | Path, *, seed: int) -> PreparedData:
@@ -102,8 +104,12 @@ def open_prepared(fingerprints: Sequence[str]) -> PreparedData | None:
 
 def load_tokenizer(model_dir: str | Path) -> Any:
     """The tokenizer of a model directory; nothing in the directory is executed. Raises DataError."""
-    if not any((Path(model_dir) / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")):
-        raise DataError(f"{model_dir} has no tokenizer (tokenizer.json); copy the tokenizer files of the model there")
+    if not any(
+        (Path(model_dir) / name).is_file() for name in ("tokenizer.json", "vocab.json", "tokenizer.model")
+    ):
+        raise DataError(
+            f"{model_dir} has no tokenizer (tokenizer.json); copy the tokenizer files of the model there"
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers import AutoTokenizer
 

@@ -1,4 +1,5 @@
-"""Layers of plain torch for Megatron's decoder: what its local specification lacks, and nothing that must be compiled.
+"""Layers of plain torch for Megatron's decoder: what its local specification lacks, and nothing that must be
+compiled.
 
 Shape suffixes: T tokens of a micro-batch, N heads of this rank, D head dimension, H hidden size.
 """
@@ -17,7 +18,9 @@ from engine.model.spec import RopeSpec
 
 @dataclasses.dataclass
 class DocumentParams(PackedSeqParams):
-    """Megatron's packed-sequence parameters plus what Braid's attention reads; travels to every layer of every stage."""
+    """Megatron's packed-sequence parameters plus what Braid's attention reads; travels to every layer of
+    every stage.
+    """
 
     lengths: tuple[int, ...] = ()
     """Tokens of each document, on the host, so that no layer waits for the device to learn them."""
@@ -31,8 +34,8 @@ class DocumentParams(PackedSeqParams):
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, x / rms(x) * weight (Zhang and Sennrich, 2019).
 
-    Under sequence parallelism each rank sees part of the tokens; the weight is marked so that Megatron sums its gradient
-    over the tensor-parallel group.
+    Under sequence parallelism each rank sees part of the tokens; the weight is marked so that Megatron sums
+    its gradient over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **unused: Any) -> None:
@@ -52,7 +55,9 @@ class RotaryTable(torch.nn.Module):
 
     def __init__(self, rope: RopeSpec, *, head_dim: int, max_position_embeddings: int) -> None:
         super().__init__()
-        inverse_frequencies, self.attention_scaling = _inverse_frequencies(rope, head_dim, max_position_embeddings)
+        inverse_frequencies, self.attention_scaling = _inverse_frequencies(
+            rope, head_dim, max_position_embeddings
+        )
         self.register_buffer("inverse_frequencies", inverse_frequencies, persistent=False)
 
     @torch.no_grad()
@@ -66,7 +71,9 @@ class RotaryTable(torch.nn.Module):
 
 
 def _inverse_frequencies(rope: RopeSpec, head_dim: int, max_position_embeddings: int) -> tuple[Tensor, float]:
-    """[D / 2] float32 and the factor on cos and sin. Scaled kinds are computed by transformers, their definition."""
+    """[D / 2] float32 and the factor on cos and sin. Scaled kinds are computed by transformers, their
+    definition.
+    """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device="cpu").float() / head_dim
     if rope.rope_type == "default":
         return 1.0 / rope.theta**exponents, 1.0
@@ -84,7 +91,9 @@ def _inverse_frequencies(rope: RopeSpec, head_dim: int, max_position_embeddings:
 
 
 def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + D/2) of every head by the position's angle (Su et al., 2021), in the input's dtype."""
+    """Rotate pairs (i, i + D/2) of every head by the position's angle (Su et al., 2021), in the input's
+    dtype.
+    """
     first, second = x_TND.chunk(2, dim=-1)
     return x_TND * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -92,8 +101,8 @@ def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class CoreAttention(torch.nn.Module):
     """Causal grouped-query attention over packed documents on torch's scaled_dot_product_attention.
 
-    Rotary embedding is applied here, by position id, instead of in Megatron's attention, which knows only positions
-    that run through the whole micro-batch.
+    Rotary embedding is applied here, by position id, instead of in Megatron's attention, which knows only
+    positions that run through the whole micro-batch.
     """
 
     def __init__(
@@ -112,7 +121,9 @@ class CoreAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: DocumentParams | None = None,
     ) -> Tensor:
-        """[T, N, D] queries and [T, G, D] keys and values -> [T, N * D]. A token attends to its document up to itself."""
+        """[T, N, D] queries and [T, G, D] keys and values -> [T, N * D]. A token attends to its document up
+        to itself.
+        """
         assert packed_seq_params is not None
         assert packed_seq_params.cos is not None
         assert packed_seq_params.sin is not None
@@ -123,7 +134,7 @@ class CoreAttention(torch.nn.Module):
             out = self._attend(query_TND, key_TND, value_TND, len(lengths))
         else:
             parts = (part.split(lengths) for part in (query_TND, key_TND, value_TND))
-            out = torch.cat([self._attend(*document, 1) for document in zip(*parts, strict=True)])
+            out = torch.cat([self._attend(q, k, v, 1) for q, k, v in zip(*parts, strict=True)])
         return out.flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents: int) -> Tensor:

@@ -18,7 +18,8 @@ from engine.model.spec import ModelSpec
 from engine.runtime import mcore
 from engine.runtime.platform import Platform
 
-# Where the torch layers keep a norm -> where Megatron's Transformer Engine layers keep it, the canonical name.
+# Where the torch layers keep a norm -> where Megatron's Transformer Engine layers keep it, the canonical
+# name.
 CANONICAL_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -26,7 +27,9 @@ CANONICAL_NORMS = {
 
 
 class BraidGPTModel(GPTModel):
-    """Megatron's GPTModel with a rotary table by position id and a softmax that leaves out the vocabulary's padding."""
+    """Megatron's GPTModel with a rotary table by position id and a softmax that leaves out the vocabulary's
+    padding.
+    """
 
     def __init__(self, *, spec: ModelSpec, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -39,9 +42,12 @@ class BraidGPTModel(GPTModel):
         rows = self.vocab_size // tp_size
         self.first_padding_column = min(max(spec.vocab_size - tp_rank * rows, 0), rows)
 
-    def forward(self, input_ids: Tensor, document_params: DocumentParams, position_ids: Tensor, labels: Tensor) -> Tensor:
-        """input_ids, position_ids and labels int64 [1, T] -> loss per token [1, T] float32 on the last stage, hidden
-        states [T, 1, H] on others."""
+    def forward(
+        self, input_ids: Tensor, document_params: DocumentParams, position_ids: Tensor, labels: Tensor
+    ) -> Tensor:
+        """input_ids, position_ids and labels int64 [1, T] -> loss per token [1, T] float32 on the last stage,
+        hidden states [T, 1, H] on others.
+        """
         document_params.cos, document_params.sin = self.rotary(position_ids[0], self.config.params_dtype)
         return super().forward(
             input_ids=input_ids,
@@ -64,59 +70,61 @@ def transformer_config(
     """Megatron's configuration of the model. Raises ConfigError where the options contradict each other."""
     granularity, method, layers = _recompute(recompute)
     bf16, fp16 = platform.dtype == torch.bfloat16, platform.dtype == torch.float16
-    values: dict[str, Any] = dict(
-        num_layers=spec.num_layers,
-        hidden_size=spec.hidden_size,
-        ffn_hidden_size=spec.ffn_hidden_size,
-        num_attention_heads=spec.num_attention_heads,
-        num_query_groups=spec.num_query_groups,
-        kv_channels=spec.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=spec.norm_epsilon,
-        qk_layernorm=spec.qk_norm,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=spec.qkv_bias,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        # Weights are loaded over the initial ones at once, so initialising them would only cost time. Megatron still has
-        # to go through its initialisation: that is where it marks parameters as tensor-parallel.
-        init_method=_keep,
-        output_layer_init_method=_keep,
-        embedding_init_method=_keep,
-        perform_initialization=True,
-        use_cpu_initialization=False,
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        pipeline_model_parallel_layout=layout.megatron_layout(),
-        context_parallel_size=layout.cp,
-        sequence_parallel=layout.sequence_parallel,
-        params_dtype=platform.dtype,
-        pipeline_dtype=platform.dtype,
-        bf16=bf16,
-        fp16=fp16,
+    values: dict[str, Any] = {
+        "num_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "ffn_hidden_size": spec.ffn_hidden_size,
+        "num_attention_heads": spec.num_attention_heads,
+        "num_query_groups": spec.num_query_groups,
+        "kv_channels": spec.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": spec.norm_epsilon,
+        "qk_layernorm": spec.qk_norm,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": spec.qkv_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # Weights are loaded over the initial ones at once, so initialising them would only cost time.
+        # Megatron still has to go through its initialisation: that is where it marks parameters as
+        # tensor-parallel.
+        "init_method": _keep,
+        "output_layer_init_method": _keep,
+        "embedding_init_method": _keep,
+        "perform_initialization": True,
+        "use_cpu_initialization": False,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "pipeline_model_parallel_layout": layout.megatron_layout(),
+        "context_parallel_size": layout.cp,
+        "sequence_parallel": layout.sequence_parallel,
+        "params_dtype": platform.dtype,
+        "pipeline_dtype": platform.dtype,
+        "bf16": bf16,
+        "fp16": fp16,
         # Micro-batches are as long as their rows; pipeline stages exchange the shape first.
-        variable_seq_lengths=True,
+        "variable_seq_lengths": True,
         # Without effect on a dense model; Megatron refuses its default together with variable_seq_lengths.
-        moe_token_dispatcher_type="alltoall",
+        "moe_token_dispatcher_type": "alltoall",
         # Batched sends and receives of an interleaved schedule over two ranks would pair up wrongly.
-        overlap_p2p_comm=layout.vpp > 1,
-        batch_p2p_comm=layout.vpp == 1,
-        # The only normalisation that is right with masked tokens and uneven rows: one division by the step's tokens.
-        calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
-        bias_dropout_fusion=False,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        persist_layer_norm=platform.use_te,
-        recompute_granularity=granularity,
-        recompute_method=method,
-        recompute_num_layers=layers,
-        distribute_saved_activations=False,
-    )
+        "overlap_p2p_comm": layout.vpp > 1,
+        "batch_p2p_comm": layout.vpp == 1,
+        # The only normalisation that is right with masked tokens and uneven rows: one division by the step's
+        # tokens.
+        "calculate_per_token_loss": True,
+        "gradient_accumulation_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": platform.use_te,
+        "recompute_granularity": granularity,
+        "recompute_method": method,
+        "recompute_num_layers": layers,
+        "distribute_saved_activations": False,
+    }
     return TransformerConfig(**mcore.known_fields(TransformerConfig, values))
 
 
@@ -136,7 +144,9 @@ def _recompute(options: RecomputeOptions) -> tuple[str | None, str | None, int |
     return "full", options.recompute_method or "uniform", options.recompute_num_layers or 1
 
 
-def block_spec(config: TransformerConfig, platform: Platform, *, num_layers: int, vp_stage: int | None) -> Any:
+def block_spec(
+    config: TransformerConfig, platform: Platform, *, num_layers: int, vp_stage: int | None
+) -> Any:
     """Megatron's specification of a chunk of `num_layers` decoder layers, with Braid's attention in it."""
     if platform.use_te:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -151,7 +161,9 @@ def block_spec(config: TransformerConfig, platform: Platform, *, num_layers: int
         return block
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    return TransformerBlockSubmodules(layer_specs=[_torch_layer_spec(config)] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[_torch_layer_spec(config)] * num_layers, layer_norm=RMSNorm
+    )
 
 
 def _torch_layer_spec(config: TransformerConfig) -> Any:
@@ -189,7 +201,11 @@ def _torch_layer_spec(config: TransformerConfig) -> Any:
 
 
 def build_chunks(
-    spec: ModelSpec, layout: ParallelLayout, platform: Platform, recompute: RecomputeOptions, groups: mcore.Groups
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    platform: Platform,
+    recompute: RecomputeOptions,
+    groups: mcore.Groups,
 ) -> list[BraidGPTModel]:
     """The model chunks of this rank (one, or one per virtual stage), on its device, with unset weights."""
     spec.check_tensor_parallel(layout.tp)
@@ -239,7 +255,9 @@ def named_weights(
 
 
 def canonical_name(name: str, *, first_layer: int, tied: bool) -> str:
-    """The canonical name of a chunk's parameter `name`; `first_layer` is the global index of the chunk's first layer."""
+    """The canonical name of a chunk's parameter `name`; `first_layer` is the global index of the chunk's
+    first layer.
+    """
     if name == "output_layer.weight" and tied:
         return "embedding.word_embeddings.weight"
     prefix, found, rest = name.partition("decoder.layers.")

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from engine.errors import ConfigError, ModelError
 
-# Megatron pads the vocabulary to a multiple of this (times TP); Qwen's published vocabularies divide by it already,
-# so that a stored checkpoint has the same shapes under every tensor-parallel degree that divides it.
+# Megatron pads the vocabulary to a multiple of this (times TP); Qwen's published vocabularies divide by it
+# already, so that a stored checkpoint has the same shapes under every tensor-parallel degree that divides it.
 VOCAB_MULTIPLE = 128
 
 Family = Literal["qwen2", "qwen3"]
@@ -23,7 +23,9 @@ ROPE_TYPES = ("default", "linear", "yarn")
 
 @dataclass(frozen=True, kw_only=True)
 class RopeSpec:
-    """Rotary embedding: base period `theta` and, where `rope_type` is not "default", the scaling's parameters."""
+    """Rotary embedding: base period `theta` and, where `rope_type` is not "default", the scaling's
+    parameters.
+    """
 
     theta: float
     rope_type: str
@@ -76,8 +78,8 @@ class ModelSpec:
     def train_flops_per_token(self, sequence_length: float) -> float:
         """Model FLOPs of forward and backward for one token of a causal document of `sequence_length` tokens.
 
-        6 x matmul weights (LM head included, embedding look-up not) + 6 x layers x heads*head_dim x sequence (the
-        causal half); recomputation earns no credit. For Qwen2 heads*head_dim is the hidden size.
+        6 x matmul weights (LM head included, embedding look-up not) + 6 x layers x heads*head_dim x sequence
+        (the causal half); recomputation earns no credit. For Qwen2 heads*head_dim is the hidden size.
         """
         width = self.num_attention_heads * self.head_dim
         matmul = self.num_layers * (
@@ -102,10 +104,14 @@ class ModelSpec:
 
 
 def read_hf_config(model_dir: str | Path) -> dict[str, Any]:
-    """The parsed `config.json` of a model directory. Raises ModelError if it is missing or not a JSON object."""
+    """The parsed `config.json` of a model directory. Raises ModelError if it is missing or not a JSON
+    object.
+    """
     path = Path(model_dir) / "config.json"
     if not Path(model_dir).is_dir():
-        raise ModelError(f"model directory {model_dir} does not exist; pass a directory with a Hugging Face checkpoint")
+        raise ModelError(
+            f"model directory {model_dir} does not exist; pass a directory with a Hugging Face checkpoint"
+        )
     if not path.is_file():
         raise ModelError(f"{model_dir} has no config.json; pass a directory with a Hugging Face checkpoint")
     try:
@@ -126,9 +132,10 @@ def model_spec_from_config(config: Mapping[str, Any], *, where: str = "config.js
     """The spec of a parsed Hugging Face configuration; `where` names it in errors (ModelError)."""
     names = config.get("architectures") or []
     architecture = names[0] if isinstance(names, list) and names else None
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ModelError(
-            f"{where}: architecture {architecture} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}"
+            f"{where}: architecture {architecture} is not supported; supported are "
+            f"{', '.join(sorted(ARCHITECTURES))}"
         )
     _refuse_unsupported(config, where)
     family = ARCHITECTURES[architecture]
@@ -138,7 +145,9 @@ def model_spec_from_config(config: Mapping[str, Any], *, where: str = "config.js
     head_dim = config.get("head_dim") or (128 if family == "qwen3" else None)
     if head_dim is None:
         if hidden % heads:
-            raise ModelError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+            raise ModelError(
+                f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
+            )
         head_dim = hidden // heads
     if heads % groups:
         raise ModelError(f"{where}: num_key_value_heads {groups} does not divide num_attention_heads {heads}")
@@ -183,11 +192,15 @@ def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
 
 
 def _rope(config: Mapping[str, Any], where: str) -> RopeSpec:
-    """Read both spellings: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (hub files)."""
+    """Read both spellings: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (hub
+    files).
+    """
     parameters = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     theta = parameters.pop("rope_theta", config.get("rope_theta", 10000.0))
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
     if rope_type not in ROPE_TYPES:
-        raise ModelError(f"{where}: rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+        raise ModelError(
+            f"{where}: rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
+        )
     return RopeSpec(theta=float(theta), rope_type=rope_type, parameters=parameters)

@@ -1,4 +1,6 @@
-"""Layers of Transformer Engine, adapted to Braid's packed documents. Import only where Transformer Engine is installed."""
+"""Layers of Transformer Engine, adapted to Braid's packed documents. Import only where Transformer Engine is
+installed.
+"""
 
 from typing import Any
 
@@ -9,7 +11,9 @@ from engine.model.layers import DocumentParams, apply_rotary
 
 
 class TECoreAttention(TEDotProductAttention):
-    """Transformer Engine's fused attention, with the rotary embedding applied by position id as in CoreAttention."""
+    """Transformer Engine's fused attention, with the rotary embedding applied by position id as in
+    CoreAttention.
+    """
 
     def forward(
         self,

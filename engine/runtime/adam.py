@@ -1,8 +1,8 @@
 """AdamW with the state layout of Transformer Engine's and apex's FusedAdam, on torch's own fused kernel.
 
-Megatron's fallback to torch.optim.AdamW keeps a `step` tensor per parameter, which its fully reshardable checkpoint
-format cannot load. Here `step` is one number of the parameter group and a parameter's state is its two moments, so that
-checkpoints are interchangeable with runs that use Transformer Engine.
+Megatron's fallback to torch.optim.AdamW keeps a `step` tensor per parameter, which its fully reshardable
+checkpoint format cannot load. Here `step` is one number of the parameter group and a parameter's state is its
+two moments, so that checkpoints are interchangeable with runs that use Transformer Engine.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +13,8 @@ from torch.optim.adamw import adamw
 
 
 class FusedAdamW(torch.optim.Optimizer):
-    """Decoupled weight decay (Loshchilov and Hutter, 2019): w <- w - lr * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w).
+    """Decoupled weight decay (Loshchilov and Hutter, 2019): w <- w - lr * (m_hat / (sqrt(v_hat) + eps) +
+    weight_decay * w).
 
     Moments have the dtype and device of their parameter.
     """

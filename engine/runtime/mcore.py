@@ -1,7 +1,7 @@
 """The one place that knows which Megatron-Core is installed, and the only user of its `parallel_state`.
 
-Megatron-Core 0.16.1 and 0.19.2 are supported. What differs between them, and what a CPU or a GPU without Transformer
-Engine needs adapted, is done here, so that the rest of the engine calls one interface.
+Megatron-Core 0.16.1 and 0.19.2 are supported. What differs between them, and what a CPU or a GPU without
+Transformer Engine needs adapted, is done here, so that the rest of the engine calls one interface.
 """
 
 import contextlib
@@ -44,10 +44,13 @@ class Groups:
         return self.is_last_stage and self.tp_rank == 0
 
 
-def initialize(layout: ParallelLayout, platform: Platform, *, seed: int, deterministic: bool = False) -> Groups:
+def initialize(
+    layout: ParallelLayout, platform: Platform, *, seed: int, deterministic: bool = False
+) -> Groups:
     """Create Megatron's process groups over an initialised default group, and seed every generator.
 
-    `deterministic` makes torch refuse kernels whose result depends on timing; CPU kernels are deterministic anyway.
+    `deterministic` makes torch refuse kernels whose result depends on timing; CPU kernels are deterministic
+    anyway.
     """
     from megatron.core import parallel_state
 
@@ -76,15 +79,17 @@ def initialize(layout: ParallelLayout, platform: Platform, *, seed: int, determi
 
 
 def destroy() -> None:
-    """Forget Megatron's process groups and buffers, so that another layout can be opened in the same process."""
+    """Forget Megatron's process groups and buffers, so that another layout can be opened in the same
+    process.
+    """
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 
     parallel_state.destroy_model_parallel()
     with contextlib.suppress(AssertionError):
         unset_num_microbatches_calculator()
-    # Megatron forgets some groups only when it makes new ones, and modules hold others in reference cycles; each gloo
-    # group that lives on keeps three threads running.
+    # Megatron forgets some groups only when it makes new ones, and modules hold others in reference cycles;
+    # each gloo group that lives on keeps three threads running.
     for name, value in vars(parallel_state).items():
         if isinstance(value, dist.ProcessGroup):
             setattr(parallel_state, name, None)
@@ -92,7 +97,9 @@ def destroy() -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch alike on all ranks, and Megatron's tracker differently per model-parallel rank."""
+    """Seed Python, numpy and torch alike on all ranks, and Megatron's tracker differently per model-parallel
+    rank.
+    """
     import random
 
     import numpy as np
@@ -135,10 +142,12 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def adapt_megatron(platform: Platform) -> None:
-    """Give Megatron an AdamW where neither Transformer Engine nor apex brings one, and quiet its import chatter."""
+    """Give Megatron an AdamW where neither Transformer Engine nor apex brings one, and quiet its import
+    chatter.
+    """
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    # Column-parallel backward overlaps its all-reduce with a GEMM only if kernels launch in order; without sequence
-    # parallelism Megatron asserts this variable, with it it warns.
+    # Column-parallel backward overlaps its all-reduce with a GEMM only if kernels launch in order; without
+    # sequence parallelism Megatron asserts this variable, with it it warns.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
@@ -154,15 +163,14 @@ def adapt_megatron(platform: Platform) -> None:
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_TE_OPTIMIZER = True
 
-
     _save_in_process()
 
 
 def _save_in_process() -> None:
     """Let the checkpoint writer write in this process.
 
-    Megatron hands its results through a manager process that it spawns (which imports the program again, and outlives
-    a rank that is killed), and 0.16.1 forks a process per file from one that runs gloo's threads.
+    Megatron hands its results through a manager process that it spawns (which imports the program again, and
+    outlives a rank that is killed), and 0.16.1 forks a process per file from one that runs gloo's threads.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -173,7 +181,9 @@ def _save_in_process() -> None:
 
 
 def _write_buckets(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results_queue: Any) -> None:
-    """Stands for 0.16.1's write_preloaded_data_multiproc: one file after another; hands on results or the exception."""
+    """Stands for 0.16.1's write_preloaded_data_multiproc: one file after another; hands on results or the
+    exception.
+    """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     results: dict[int, Any] | Exception = {}

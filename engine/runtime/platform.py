@@ -1,9 +1,9 @@
 """Where a run computes: CUDA with NCCL, or the CPU with gloo.
 
-Megatron-Core names "cuda" in buffers, losses and scalers. On the CPU platform `install_cpu` redirects those names, once
-per process, before Megatron is imported: factory functions and `.to` that ask for "cuda" give CPU tensors, `.cuda()` is
-the identity, and the handful of `torch.cuda` calls that Megatron makes answer for the CPU. Nothing of this is touched
-on the CUDA platform.
+Megatron-Core names "cuda" in buffers, losses and scalers. On the CPU platform `install_cpu` redirects those
+names, once per process, before Megatron is imported: factory functions and `.to` that ask for "cuda" give CPU
+tensors, `.cuda()` is the identity, and the handful of `torch.cuda` calls that Megatron makes answer for the
+CPU. Nothing of this is touched on the CUDA platform.
 """
 
 import contextlib
@@ -21,13 +21,20 @@ from engine.errors import ConfigError
 
 # Factory functions that Megatron calls with device="cuda" (or the current device).
 _FACTORIES = (
-    "arange", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like", "rand", "rand_like",
-    "randint", "randn", "randn_like", "tensor", "as_tensor", "zeros", "zeros_like", "frombuffer",
+    "arange", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like", "rand",
+    "rand_like", "randint", "randn", "randn_like", "tensor", "as_tensor", "zeros", "zeros_like", "frombuffer",
 )  # fmt: skip
 _CPU = torch.device("cpu")
 
 # bf16 dense peak of a card in FLOP/s by the name that the driver reports; the basis of MFU.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "A800": 312e12}
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +70,12 @@ class Platform:
 
 
 def open_platform(*, device: str, dtype: str | None, transformer_impl: str, local_rank: int) -> Platform:
-    """Choose the device of this process and prepare torch for it. Raises ConfigError for what is not there."""
+    """Choose the device of this process and prepare torch for it. Raises ConfigError for what is missing."""
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_cuda and not torch.cuda.is_available():
-        raise ConfigError("device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch")
+        raise ConfigError(
+            "device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch"
+        )
     have_te = on_cuda and importlib.util.find_spec("transformer_engine") is not None
     if transformer_impl == "te" and not have_te:
         missing = "is not installed" if on_cuda else "needs CUDA"
@@ -76,7 +85,8 @@ def open_platform(*, device: str, dtype: str | None, transformer_impl: str, loca
     if on_cuda:
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} visible; lower NPROC_PER_NODE"
+                f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} visible; "
+                f"lower NPROC_PER_NODE"
             )
         torch.cuda.set_device(local_rank)
     else:
@@ -107,7 +117,9 @@ def _silence_import_chatter() -> None:
 
 
 def _share_cores() -> None:
-    """Give each local process its share of the cores: more threads than cores make small CPU runs many times slower."""
+    """Give each local process its share of the cores: more threads than cores make small CPU runs many times
+    slower.
+    """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "OMP_NUM_THREADS" not in os.environ or processes > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
@@ -167,7 +179,7 @@ def _cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _redirect_torch_cuda() -> None:
-    """Replace the torch.cuda functions that Megatron calls; the random generator of "the GPU" is the CPU's."""
+    """Replace the torch.cuda functions that Megatron calls; its random generator is the CPU's."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.current_stream = cuda.default_stream = lambda *args: _NoStream()

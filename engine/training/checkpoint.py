@@ -1,7 +1,7 @@
 """Checkpoints of model, optimizer, random generators and data position in Megatron's torch_dist format.
 
-A checkpoint is a directory `checkpoint-<step>` that is complete or absent: everything is written under another name, and
-the last action is the rename. It is layout-free: another TP/PP/VPP/DP loads it.
+A checkpoint is a directory `checkpoint-<step>` that is complete or absent: everything is written under
+another name, and the last action is the rename. It is layout-free: another TP/PP/VPP/DP loads it.
 """
 
 import dataclasses
@@ -36,10 +36,11 @@ def save_checkpoint(
     optimizer: Any,
     groups: mcore.Groups,
     *,
-    add_companions: Callable[[Path], None],
+    add_companions: Callable[[Path], Any],
     keep: int | None,
 ) -> Path:
-    """Write `checkpoint-<step>`; call on every rank. `add_companions(directory)` adds what exports need, on rank 0.
+    """Write `checkpoint-<step>`; call on every rank. `add_companions(directory)` adds what exports need, on
+    rank 0.
 
     `keep` is how many checkpoints stay. Raises OutputError when the disk is full.
     """
@@ -53,11 +54,15 @@ def save_checkpoint(
         dist_checkpointing.save(_sharded_state(models, optimizer, groups, loading=False), str(partial))
         if groups.rank == 0:
             add_companions(partial)
-            (partial / STATE_FILE).write_text(json.dumps(dataclasses.asdict(state), indent=2), encoding="utf-8")
+            (partial / STATE_FILE).write_text(
+                json.dumps(dataclasses.asdict(state), indent=2), encoding="utf-8"
+            )
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         if _is_disk_full(error):
-            raise OutputError(f"disk full while writing {final}; free space or lower save_total_limit") from error
+            raise OutputError(
+                f"disk full while writing {final}; free space or lower save_total_limit"
+            ) from error
         raise
     dist.barrier()
     if groups.rank == 0:
@@ -104,7 +109,9 @@ def _sharded_state(
 ) -> dict[str, Any]:
     chunks = {f"model{i}": model.module.sharded_state_dict() for i, model in enumerate(models)}
     sharded = dict(chunks)
-    sharded["optimizer"] = optimizer.sharded_state_dict(chunks, is_loading=loading, metadata=_OPTIMIZER_FORMAT)
+    sharded["optimizer"] = optimizer.sharded_state_dict(
+        chunks, is_loading=loading, metadata=_OPTIMIZER_FORMAT
+    )
     if with_rng:
         layout = groups.layout
         sharded["rng"] = ShardedObject(

@@ -37,7 +37,7 @@ class Trainer:
     train_data: Loader
     eval_data: Loader | None
     output_dir: Path
-    add_companions: Callable[[Path], None]
+    add_companions: Callable[[Path], Any]
     """Adds to a checkpoint directory what its export to Hugging Face needs (rank 0)."""
 
     started: float
@@ -135,7 +135,9 @@ class Trainer:
 
 @contextlib.contextmanager
 def parameters_gathered(models: Sequence[DistributedDataParallel]) -> Iterator[None]:
-    """With parameter gathering overlapped, an update reaches the model only in the next forward pass: gather it now."""
+    """With parameter gathering overlapped, an update reaches the model only in the next forward pass: gather
+    it now.
+    """
     overlapped = [model for model in models if model.ddp_config.overlap_param_gather]
     for model in overlapped:
         model.disable_forward_pre_hook(param_sync=True)

@@ -4,7 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from engine.config.options import OptimizerOptions
@@ -17,13 +21,13 @@ def wrap_data_parallel(
 ) -> list[DistributedDataParallel]:
     """Gradient buffers in fp32, reduced over the data-parallel ranks while the backward pass runs."""
     overlap = groups.layout.dp > 1
-    values = dict(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=options.use_distributed_optimizer,
-        overlap_grad_reduce=overlap and options.overlap_grad_reduce,
-        overlap_param_gather=overlap and _overlaps_param_gather(options),
-        check_for_nan_in_grad=False,
-    )
+    values = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": options.use_distributed_optimizer,
+        "overlap_grad_reduce": overlap and options.overlap_grad_reduce,
+        "overlap_param_gather": overlap and _overlaps_param_gather(options),
+        "check_for_nan_in_grad": False,
+    }
     config = DistributedDataParallelConfig(**mcore.known_fields(DistributedDataParallelConfig, values))
     return [
         DistributedDataParallel(
@@ -43,26 +47,29 @@ def _overlaps_param_gather(options: OptimizerOptions) -> bool:
 
 
 def build_optimizer(
-    models: Sequence[DistributedDataParallel], options: OptimizerOptions, groups: mcore.Groups, dtype: torch.dtype
+    models: Sequence[DistributedDataParallel],
+    options: OptimizerOptions,
+    groups: mcore.Groups,
+    dtype: torch.dtype,
 ) -> Any:
     """AdamW over fp32 master weights. Biases and norms (one-dimensional weights) take no weight decay."""
-    values = dict(
-        optimizer="adam",
-        lr=options.learning_rate,
-        min_lr=options.min_lr,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.adam_beta1,
-        adam_beta2=options.adam_beta2,
-        adam_eps=options.adam_epsilon,
+    values = {
+        "optimizer": "adam",
+        "lr": options.learning_rate,
+        "min_lr": options.min_lr,
+        "weight_decay": options.weight_decay,
+        "adam_beta1": options.adam_beta1,
+        "adam_beta2": options.adam_beta2,
+        "adam_eps": options.adam_epsilon,
         # With no limit the norm is still computed and reported, and nothing is scaled.
-        clip_grad=options.max_grad_norm if options.max_grad_norm > 0 else float("inf"),
-        use_distributed_optimizer=options.use_distributed_optimizer,
-        overlap_param_gather=groups.layout.dp > 1 and _overlaps_param_gather(options),
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        params_dtype=dtype,
-        log_num_zeros_in_grad=False,
-    )
+        "clip_grad": options.max_grad_norm if options.max_grad_norm > 0 else float("inf"),
+        "use_distributed_optimizer": options.use_distributed_optimizer,
+        "overlap_param_gather": groups.layout.dp > 1 and _overlaps_param_gather(options),
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "params_dtype": dtype,
+        "log_num_zeros_in_grad": False,
+    }
     config = OptimizerConfig(**mcore.known_fields(OptimizerConfig, values))
     optimizer = get_megatron_optimizer(config, list(models))
     _connect_schedules(models, optimizer)

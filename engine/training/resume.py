@@ -36,21 +36,29 @@ class TrainerState:
     def read(cls, checkpoint: Path) -> "TrainerState":
         """Raises CheckpointError if `checkpoint` is not a complete training checkpoint."""
         if not is_complete(checkpoint):
-            raise CheckpointError(f"{checkpoint} is not a complete training checkpoint; pass another or `auto`")
+            raise CheckpointError(
+                f"{checkpoint} is not a complete training checkpoint; pass another or `auto`"
+            )
         try:
             values = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
             return cls(**values)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{checkpoint / STATE_FILE} cannot be read ({error})") from error
 
-
     def check_same_run(self, other: "TrainerState", checkpoint: Path) -> None:
-        """Raise CheckpointError if `other`, the run that wants to go on from here, has other data or another seed."""
-        for name, what in (("seed", "seed"), ("num_rows", "number of sequences"), ("data_fingerprint", "training data")):
+        """Raise CheckpointError if `other`, the run that wants to go on from here, has other data or another
+        seed.
+        """
+        for name, what in (
+            ("seed", "seed"),
+            ("num_rows", "number of sequences"),
+            ("data_fingerprint", "training data"),
+        ):
             mine, its = getattr(self, name), getattr(other, name)
             if mine != its:
                 raise CheckpointError(
-                    f"{checkpoint} belongs to a run with another {what} ({mine}, now {its}); resume with the data set, "
+                    f"{checkpoint} belongs to a run with another {what} ({mine}, now {its}); resume with "
+                    f"the data set, "
                     f"template, max_length and seed of that run"
                 )
 
@@ -71,7 +79,9 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def resolve_resume(resume: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to continue from: a path, the newest complete one for `auto`, or None for a fresh start."""
+    """The checkpoint to continue from: a path, the newest complete one for `auto`, or None for a fresh
+    start.
+    """
     if resume is None:
         return None
     if resume == "auto":
@@ -79,5 +89,7 @@ def resolve_resume(resume: str | None, output_dir: Path) -> Path | None:
         return complete[-1] if complete else None
     path = Path(resume)
     if not path.is_dir():
-        raise CheckpointError(f"resume_from_checkpoint {resume} is not a directory; pass a checkpoint-<step> or auto")
+        raise CheckpointError(
+            f"resume_from_checkpoint {resume} is not a directory; pass a checkpoint-<step> or auto"
+        )
     return path

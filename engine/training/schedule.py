@@ -8,7 +8,8 @@ from engine.config.options import OptimizerOptions
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRate:
-    """`schedule(step)` for steps counted from 0. As in transformers, the first warm-up step has learning rate 0.
+    """`schedule(step)` for steps counted from 0. As in transformers, the first warm-up step has learning rate
+    0.
 
     `constant` is transformers' `constant_with_warmup`; with a minimum, `cosine` is its `cosine_with_min_lr`.
     """

@@ -1,5 +1,6 @@
 """One optimizer step and one evaluation pass through Megatron's pipeline schedules."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -51,13 +52,15 @@ class DeviceBatch:
                 cu_seqlens_kv=cu_seqlens,
                 max_seqlen_q=batch.max_seqlen,
                 max_seqlen_kv=batch.max_seqlen,
-                lengths=tuple(stop - start for start, stop in zip(boundaries, boundaries[1:], strict=False)),
+                lengths=tuple(stop - start for start, stop in itertools.pairwise(boundaries)),
             ),
         )
 
 
 def forward_step(iterator: Iterator[DeviceBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
-    """What Megatron's schedules call for each micro-batch and chunk: the output, and how it becomes a loss."""
+    """What Megatron's schedules call for each micro-batch and chunk: the output, and how it becomes a
+    loss.
+    """
     batch = next(iterator)
     output = model(
         batch.tokens, document_params=batch.documents, position_ids=batch.position_ids, labels=batch.labels
@@ -105,7 +108,9 @@ def run_pipeline(
     device: torch.device,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Run all micro-batches through the schedule of the layout; loss sums on the last stage, an empty list elsewhere."""
+    """Run all micro-batches through the schedule of the layout; loss sums on the last stage, an empty list
+    elsewhere.
+    """
     placed = [DeviceBatch.place(batch, device) for batch in batches]
     iterators = [iter(placed) for _ in models]
     single = len(models) == 1
@@ -122,9 +127,14 @@ def run_pipeline(
 
 
 def train_step(
-    models: Sequence[DistributedDataParallel], optimizer: Any, batches: Sequence[MicroBatch], device: torch.device
+    models: Sequence[DistributedDataParallel],
+    optimizer: Any,
+    batches: Sequence[MicroBatch],
+    device: torch.device,
 ) -> StepResult:
-    """Forward, backward, gradient reduction, clipping and update for this rank's share of one global batch."""
+    """Forward, backward, gradient reduction, clipping and update for this rank's share of one global
+    batch.
+    """
     for model in models:
         model.zero_grad_buffer()
     optimizer.zero_grad()
@@ -139,7 +149,11 @@ def train_step(
 
 
 def global_totals(
-    losses: Sequence[Tensor], batches: Iterable[MicroBatch], spec: ModelSpec, groups: Groups, device: torch.device
+    losses: Sequence[Tensor],
+    batches: Iterable[MicroBatch],
+    spec: ModelSpec,
+    groups: Groups,
+    device: torch.device,
 ) -> StepTotals:
     """Add up loss and token counts over all ranks: one small all-reduce. Call on every rank."""
     sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -149,14 +163,17 @@ def global_totals(
         for batch in batches:
             boundaries = batch.cu_seqlens.tolist()
             # The tail that pads a micro-batch is a document too: real tokens come first.
-            lengths = [min(stop, batch.num_tokens) - start for start, stop in zip(boundaries, boundaries[1:], strict=False)]
+            lengths = [min(stop, batch.num_tokens) - start for start, stop in itertools.pairwise(boundaries)]
             sums[1] += batch.num_supervised
             sums[2] += batch.num_tokens
             sums[3] += sum(n * spec.train_flops_per_token(n) for n in lengths if n > 0)
     dist.all_reduce(sums)
     loss, supervised, tokens, flops = sums.tolist()
     return StepTotals(
-        loss=loss / supervised if supervised else float("nan"), supervised=int(supervised), tokens=int(tokens), flops=flops
+        loss=loss / supervised if supervised else float("nan"),
+        supervised=int(supervised),
+        tokens=int(tokens),
+        flops=flops,
     )
 
 

@@ -10,7 +10,11 @@ from engine.errors import ConfigError
 
 
 def resolve(*, dp: int = 2, resumed: int | None = None, **options: Any) -> BatchShape:
-    names = {"micro": "per_device_train_batch_size", "acc": "gradient_accumulation_steps", "wanted": "global_batch_size"}
+    names = {
+        "micro": "per_device_train_batch_size",
+        "acc": "gradient_accumulation_steps",
+        "wanted": "global_batch_size",
+    }
     batch = BatchOptions(**{names.get(name, name): value for name, value in options.items()})
     return resolve_batch_shape(batch, data_parallel_size=dp, resumed_global_batch_size=resumed)
 
@@ -27,7 +31,9 @@ def resolve(*, dp: int = 2, resumed: int | None = None, **options: Any) -> Batch
         ({"micro": 2, "acc": 4, "wanted": 16}, 2, 4, 16),
     ],
 )
-def test_the_missing_one_is_derived(options: dict[str, int], dp: int, accumulation: int, global_batch: int) -> None:
+def test_the_missing_one_is_derived(
+    options: dict[str, int], dp: int, accumulation: int, global_batch: int
+) -> None:
     shape = resolve(dp=dp, **options)
     assert (shape.accumulation, shape.global_batch_size) == (accumulation, global_batch)
     assert shape.micro_batch_size * shape.accumulation * dp == shape.global_batch_size
@@ -42,7 +48,10 @@ def test_the_missing_one_is_derived(options: dict[str, int], dp: int, accumulati
         ({"wanted": 0}, "global_batch_size 0 is not a multiple"),
         ({"wanted": -4}, "global_batch_size -4 is not a multiple"),
         ({"wanted": 5}, "global_batch_size 5 is not a multiple"),
-        ({"micro": 4, "wanted": 4}, "global_batch_size 4 is not a multiple of per_device_train_batch_size 4 x 2"),
+        (
+            {"micro": 4, "wanted": 4},
+            "global_batch_size 4 is not a multiple of per_device_train_batch_size 4 x 2",
+        ),
         ({"acc": 3, "wanted": 8}, "global_batch_size 8 contradicts 1 x 3 x 2 = 6 rows"),
     ],
 )
@@ -64,7 +73,11 @@ def test_a_resumed_run_takes_its_accumulation_from_the_new_layout() -> None:
 
 
 def test_a_resumed_run_cannot_change_its_global_batch() -> None:
-    with pytest.raises(ConfigError, match="global_batch_size 32 differs from the resumed run's 16; leave it out"):
+    with pytest.raises(
+        ConfigError, match="global_batch_size 32 differs from the resumed run's 16; leave it out"
+    ):
         resolve(wanted=32, resumed=16)
-    with pytest.raises(ConfigError, match="global_batch_size 16 is not a multiple of per_device_train_batch_size 3"):
+    with pytest.raises(
+        ConfigError, match="global_batch_size 16 is not a multiple of per_device_train_batch_size 3"
+    ):
         resolve(dp=2, micro=3, resumed=16)

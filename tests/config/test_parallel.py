@@ -46,6 +46,9 @@ def grid_layout(*, tp: int, cp: int, dp: int, pp: int, vpp: int = 1) -> Parallel
         ({"tp": 0}, "tensor_model_parallel_size must be at least 1, not 0"),
         ({"pp": -1}, "pipeline_model_parallel_size must be at least 1, not -1"),
         ({"vpp": -2, "pp": 2}, "virtual_pipeline_model_parallel_size must be at least 1, not -2"),
+        ({"vpp": 0, "pp": 2}, "virtual_pipeline_model_parallel_size must be at least 1, not 0"),
+        ({"ep": 0}, "expert_model_parallel_size must be at least 1, not 0"),
+        ({"etp": 0}, "expert_tensor_parallel_size must be at least 1, not 0"),
         ({"cp": 0}, "context_parallel_size must be at least 1, not 0"),
         ({"cp": 2}, "context_parallel_size > 1 is not available"),
         ({"ep": 2}, "expert parallelism needs a mixture-of-experts model"),
@@ -57,7 +60,10 @@ def grid_layout(*, tp: int, cp: int, dp: int, pp: int, vpp: int = 1) -> Parallel
         ({"tp": 2, "sp": False}, "sequence_parallel cannot be switched off"),
         ({"pp": 8, "layers": 7}, "7 layers cannot fill 8 pipeline chunks"),
         ({"pp": 2, "vpp": 5}, "8 layers cannot fill 10 pipeline chunks"),
-        ({"pp": 2, "split": [8]}, "decoder_layers_per_stage [8] must be 2 positive numbers that add up to 8 layers"),
+        (
+            {"pp": 2, "split": [8]},
+            "decoder_layers_per_stage [8] must be 2 positive numbers that add up to 8 layers",
+        ),
         ({"pp": 2, "split": [4, 5]}, "decoder_layers_per_stage [4, 5] must be 2 positive numbers"),
         ({"pp": 2, "split": [8, 0]}, "decoder_layers_per_stage [8, 0] must be 2 positive numbers"),
         ({"pp": 2, "split": [9, -1]}, "decoder_layers_per_stage [9, -1] must be 2 positive numbers"),
@@ -87,7 +93,8 @@ def test_what_is_left_is_data_parallelism() -> None:
         (8, {"pp": 2}, (4, 4)),
         (8, {"pp": 2, "vpp": 2}, (2, 2, 2, 2)),
         (8, {"pp": 2, "vpp": 1}, (4, 4)),
-        # The first chunk has the embedding and the last one the loss: spare layers go to the middle, then to the first.
+        # The first chunk has the embedding and the last one the loss: spare layers go to the middle, then to
+        # the first.
         (9, {"pp": 2}, (5, 4)),
         (9, {"pp": 4}, (2, 3, 2, 2)),
         (10, {"pp": 4}, (2, 3, 3, 2)),
@@ -115,7 +122,7 @@ def test_every_layer_is_held_once_and_in_order(pp: int, vpp: int) -> None:
 
 def test_virtual_chunks_alternate_between_the_ranks() -> None:
     layout = resolve(layers=8, pp=2, vpp=2, split=[1, 2, 3, 2])
-    assert layout.chunks_of(0) == [range(0, 1), range(3, 6)]
+    assert layout.chunks_of(0) == [range(1), range(3, 6)]
     assert layout.chunks_of(1) == [range(1, 3), range(6, 8)]
 
 
@@ -135,7 +142,10 @@ def test_places_follow_megatrons_order(tp: int, cp: int, dp: int, pp: int) -> No
 
 def test_megatron_layout_names_every_layer() -> None:
     assert resolve().megatron_layout() is None
-    assert resolve(layers=3, pp=2, world=2).megatron_layout() == [["embedding", "decoder", "decoder"], ["decoder", "loss"]]
+    assert resolve(layers=3, pp=2, world=2).megatron_layout() == [
+        ["embedding", "decoder", "decoder"],
+        ["decoder", "loss"],
+    ]
     assert resolve(layers=4, pp=2, vpp=2, world=2).megatron_layout() == [
         ["embedding", "decoder"],
         ["decoder"],
@@ -154,16 +164,18 @@ def test_interleaving_needs_groups_of_micro_batches() -> None:
 
 def test_summary() -> None:
     assert resolve(tp=2, pp=2).summary() == "8 ranks = TP 2 x PP 2 x CP 1 x DP 2, sequence parallel on"
-    assert resolve(pp=2, vpp=2).summary() == "8 ranks = TP 1 x PP 2 x VPP 2 x CP 1 x DP 4, sequence parallel off"
+    assert (
+        resolve(pp=2, vpp=2).summary() == "8 ranks = TP 1 x PP 2 x VPP 2 x CP 1 x DP 4, sequence parallel off"
+    )
 
 
 def test_grid_shows_every_rank_with_its_layers() -> None:
     lines = resolve(layers=8, tp=2, pp=2).grid().splitlines()
     assert [line.split() for line in lines] == [
-        "pp0 dp0 layers 0-3 ranks 0 1".split(),
-        "pp0 dp1 layers 0-3 ranks 2 3".split(),
-        "pp1 dp0 layers 4-7 ranks 4 5".split(),
-        "pp1 dp1 layers 4-7 ranks 6 7".split(),
+        ["pp0", "dp0", "layers", "0-3", "ranks", "0", "1"],
+        ["pp0", "dp1", "layers", "0-3", "ranks", "2", "3"],
+        ["pp1", "dp0", "layers", "4-7", "ranks", "4", "5"],
+        ["pp1", "dp1", "layers", "4-7", "ranks", "6", "7"],
     ]
     assert "layers 0-1 + 4-5" in resolve(pp=2, vpp=2).grid()
 

@@ -130,7 +130,12 @@ def test_an_empty_yaml_file_changes_nothing(write_yaml: WriteYaml) -> None:
 
 def test_later_sources_win(write_yaml: WriteYaml) -> None:
     config = ["--config", write_yaml("nproc_per_node: 2\nnnodes: 2\nnode_rank: 2\nseed: 2")]
-    flat = sft(*config, "--nproc_per_node", "4", environment={"nproc_per_node": "3", "nnodes": "3", "master_addr": ""})
+    flat = sft(
+        *config,
+        "--nproc_per_node",
+        "4",
+        environment={"nproc_per_node": "3", "nnodes": "3", "master_addr": ""},
+    )
     assert flat["nproc_per_node"] == 4  # flag over environment over YAML
     assert flat["nnodes"] == 3  # environment over YAML
     assert flat["node_rank"] == 2  # YAML over default
@@ -147,7 +152,9 @@ def test_the_place_of_the_config_flag_does_not_matter(write_yaml: WriteYaml) -> 
 @pytest.mark.parametrize("alias", ALIASES)
 def test_aliases_mean_the_option(alias: str) -> None:
     name = ALIASES[alias]
-    value = {"train_type": "lora", "lr_scheduler_type": "linear", "per_device_train_batch_size": "4"}.get(name, "0.25")
+    value = {"train_type": "lora", "lr_scheduler_type": "linear", "per_device_train_batch_size": "4"}.get(
+        name, "0.25"
+    )
     config, given = parse(SftConfig, [f"--{alias}", value])
     assert str(flatten(config)[name]) == value
     assert given == {name}
@@ -166,7 +173,9 @@ def test_alias_and_name_together_are_refused(write_yaml: WriteYaml) -> None:
 
 def test_an_unknown_flag_gets_the_nearest_name() -> None:
     assert "--learning_rat; did you mean --learning_rate?" in message("--learning_rat", "1")
-    assert "--tensor_parallel_size; did you mean --tensor_model_parallel_size?" in message("--tensor_parallel_size", "2")
+    assert "--tensor_parallel_size; did you mean --tensor_model_parallel_size?" in message(
+        "--tensor_parallel_size", "2"
+    )
     text = message("--zzzz", "1")
     assert "unknown option --zzzz" in text
     assert "--help" in text
@@ -194,7 +203,10 @@ def test_an_unknown_key_names_the_file(write_yaml: WriteYaml) -> None:
         (["--train_type", "half"], "train_type must be one of full, lora, not 'half'"),
         (["--train_type"], "train_type must be one of full, lora"),
         (["--device", "tpu"], "device must be one of auto, cuda, cpu, not 'tpu'"),
-        (["--decoder_layers_per_stage", "1", "x"], "decoder_layers_per_stage must be a whole number, not 'x'"),
+        (
+            ["--decoder_layers_per_stage", "1", "x"],
+            "decoder_layers_per_stage must be a whole number, not 'x'",
+        ),
         (["--seed", "1", "2"], "--seed takes one value, not 2: 1 2"),
         (["seed", "1"], "unexpected argument 'seed'"),
         (["--config"], "--config takes one YAML file"),
@@ -259,12 +271,16 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_flatten_and_build_are_inverse() -> None:
-    config, _ = parse(SftConfig, ["--dataset", "a", "b", "--seed", "7", "--report_to", "none", "--max_steps", "3"])
+    config, _ = parse(
+        SftConfig, ["--dataset", "a", "b", "--seed", "7", "--report_to", "none", "--max_steps", "3"]
+    )
     assert build(SftConfig, flatten(config)) == config
 
 
 def test_no_option_name_is_used_twice() -> None:
-    names = [option.name for group in dataclasses.fields(SftConfig) for option in _options_of_group(group.name)]
+    names = [
+        option.name for group in dataclasses.fields(SftConfig) for option in _options_of_group(group.name)
+    ]
     assert len(names) == len(set(names)) == len(options_of(SftConfig))
 
 

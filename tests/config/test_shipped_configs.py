@@ -24,15 +24,15 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 def _shape(
     layers: int, hidden: int, ffn: int, heads: int, groups: int, vocab: int = 151936, *, tied: bool = False
 ) -> dict[str, Any]:
-    return dict(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        vocab_size=vocab,
-        tie_word_embeddings=tied,
-    )
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+    }
 
 
 # config.json of the published checkpoints, and their parameters in billions as the model cards say.
@@ -127,7 +127,10 @@ def test_config_passes_a_dry_run(
     name = Name.of(path)
     real = SHAPES[name.model][0]
     kept = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
-    tiny = {key: real[key] for key in kept} | {"hidden_size": 2 * real["num_attention_heads"], "intermediate_size": 64}
+    tiny = {key: real[key] for key in kept} | {
+        "hidden_size": 2 * real["num_attention_heads"],
+        "intermediate_size": 64,
+    }
     kind = "qwen3_head_dim" if name.model.startswith("qwen3") else "qwen2_untied"
     model = save_tiny_model(kind, tmp_path / "model", **tiny, **({"head_dim": 2} if "3_" in kind else {}))
     for file in tokenizer.iterdir():
@@ -136,7 +139,16 @@ def test_config_passes_a_dry_run(
     words = ["sft", "--config", str(path), "--model", str(model), "--dataset", str(data), "--dry_run"]
     words += ["--output_dir", str(tmp_path / "out"), "--device", "cpu", "--torch_dtype", "float32"]
     if name.nodes > 1:
-        words += ["--nnodes", str(name.nodes), "--node_rank", "0", "--master_addr", "localhost", "--master_port", "29500"]
+        words += [
+            "--nnodes",
+            str(name.nodes),
+            "--node_rank",
+            "0",
+            "--master_addr",
+            "localhost",
+            "--master_port",
+            "29500",
+        ]
     assert main(words) == 0
     printed = capsys.readouterr()
     assert f"{real['num_hidden_layers']} layers" in printed.out

@@ -49,10 +49,18 @@ def braid(*words: str, cache: Path, **environment: str) -> Run:
     env = {name: value for name, value in os.environ.items() if name not in _LAUNCH_VARIABLES}
     env |= {"BRAID_CACHE": str(cache), _MARK: mark, **environment}
     result = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "launch.cli", *words],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     return Run(
-        code=result.returncode, stdout=result.stdout, stderr=result.stderr, left_running=tuple(_marked_processes(mark))
+        code=result.returncode,
+        stdout=result.stdout,
+        stderr=result.stderr,
+        left_running=tuple(_marked_processes(mark)),
     )
 
 
@@ -66,7 +74,9 @@ def _marked_processes(mark: str) -> Iterable[int]:
 
 
 def forget_launch_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the surrounding machine says about processes and nodes must not reach a command run in this process."""
+    """What the surrounding machine says about processes and nodes must not reach a command run in this
+    process.
+    """
     for name in _LAUNCH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 

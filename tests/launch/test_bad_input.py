@@ -35,11 +35,30 @@ class Place:
 
     def sft(self, *words: str) -> list[str]:
         """A run at TP2: the checks happen in this process, before two ranks would start."""
-        given = ["sft", "--model", str(self.model), "--dataset", str(self.data), "--output_dir", str(self.out)]
-        return [*given, "--device", "cpu", "--nproc_per_node", "2", "--tensor_model_parallel_size", "2", *words]
+        given = [
+            "sft",
+            "--model",
+            str(self.model),
+            "--dataset",
+            str(self.data),
+            "--output_dir",
+            str(self.out),
+        ]
+        return [
+            *given,
+            "--device",
+            "cpu",
+            "--nproc_per_node",
+            "2",
+            "--tensor_model_parallel_size",
+            "2",
+            *words,
+        ]
 
     def refused(self, words: list[str], *named: str) -> str:
-        """Run a command; it must end with exit code 2, one line that holds all of `named`, and nothing changed."""
+        """Run a command; it must end with exit code 2, one line that holds all of `named`, and nothing
+        changed.
+        """
         before = everything_in(self.root)
         code = main(words)
         printed = self.capsys.readouterr().err
@@ -95,8 +114,14 @@ def _pickle(model: Path) -> None:
 BROKEN_MODELS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no directory": (lambda m: m.rename(m.parent / "gone"), ("model does not exist",)),
     "no config": (lambda m: (m / "config.json").unlink(), ("model has no config.json",)),
-    "broken config": (lambda m: (m / "config.json").write_text('{"a": '), ("config.json is not readable JSON",)),
-    "config is a list": (lambda m: (m / "config.json").write_text("[]"), ("config.json must hold a JSON object",)),
+    "broken config": (
+        lambda m: (m / "config.json").write_text('{"a": '),
+        ("config.json is not readable JSON",),
+    ),
+    "config is a list": (
+        lambda m: (m / "config.json").write_text("[]"),
+        ("config.json must hold a JSON object",),
+    ),
     "architecture": (
         lambda m: edit_json(m / "config.json", lambda c: c.update(architectures=["LlamaForCausalLM"])),
         ("config.json", "LlamaForCausalLM is not supported", "Qwen2ForCausalLM, Qwen3ForCausalLM"),
@@ -125,9 +150,18 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         ("model.layers.2.", "is missing (and 10 more)"),
     ),
     "truncated file": (lambda m: _truncate(m / "model.safetensors"), ("model.safetensors is truncated",)),
-    "no safetensors file": (lambda m: (m / "model.safetensors").write_bytes(b"\xff" * 64), ("model.safetensors",)),
-    "index escapes": (lambda m: _index(m, "../outside.safetensors"), ("../outside.safetensors is not a plain file name",)),
-    "index escapes by an absolute path": (lambda m: _index(m, "/etc/passwd"), ("/etc/passwd is not a plain file name",)),
+    "no safetensors file": (
+        lambda m: (m / "model.safetensors").write_bytes(b"\xff" * 64),
+        ("model.safetensors",),
+    ),
+    "index escapes": (
+        lambda m: _index(m, "../outside.safetensors"),
+        ("../outside.safetensors is not a plain file name",),
+    ),
+    "index escapes by an absolute path": (
+        lambda m: _index(m, "/etc/passwd"),
+        ("/etc/passwd is not a plain file name",),
+    ),
     "index names a missing file": (lambda m: _index(m, "a.safetensors"), ("a.safetensors does not exist",)),
 }
 
@@ -154,7 +188,10 @@ def _no_template(model: Path) -> None:
         (lambda m: (m / "tokenizer.json").unlink(), ("model has no tokenizer",)),
         (lambda m: (m / "tokenizer.json").write_text("{}"), ("the tokenizer of", "model cannot be loaded")),
         (_no_template, ("model has no chat template",)),
-        (lambda m: (m / "chat_template.jinja").write_text("{% for"), ("chat template", "model")),
+        (
+            lambda m: (m / "chat_template.jinja").write_text("{% for"),
+            ("the chat template", "end of template"),
+        ),
         (lambda m: (m / "chat_template.jinja").write_text("hello"), ("chat template", "model")),
     ],
 )
@@ -165,7 +202,12 @@ def test_broken_tokenizers(place: Place, damage: Callable[[Path], Any], named: t
 
 def test_tokenizer_of_another_model(place: Place) -> None:
     other = build_tiny_qwen3(
-        place.root / "other", hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=8, vocab_size=200
+        place.root / "other",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        head_dim=8,
+        vocab_size=200,
     )
     place.capsys.readouterr()
     place.refused(place.sft("--dry_run", "--model", str(other)), "token id", "vocab_size is 200")
@@ -189,7 +231,10 @@ def _broken_line(path: Path) -> None:
         (_unanswered, ("data.jsonl, row 3:", "no assistant answer")),
         (_broken_line, ("data.jsonl, row 2:", "not valid JSON")),
         (lambda d: d.write_text(""), ("data.jsonl holds no rows",)),
-        (lambda d: write_rows(d, [{"text": "no format"}]), ("data.jsonl, row 1:", "no recognised keys (found: text)")),
+        (
+            lambda d: write_rows(d, [{"text": "no format"}]),
+            ("data.jsonl, row 1:", "no recognised keys (found: text)"),
+        ),
         (lambda d: d.write_text("[]\n"), ("data.jsonl, row 1:", "not an object")),
         (lambda d: write_rows(d, question_rows(1)), ()),
     ],
@@ -197,7 +242,9 @@ def _broken_line(path: Path) -> None:
 def test_broken_data(place: Place, damage: Callable[[Path], Any], named: tuple[str, ...]) -> None:
     damage(place.data)
     extra = ["--split_dataset_ratio", "0.5"] if not named else []
-    place.refused(place.sft("--dry_run", *extra), *(named or ("split_dataset_ratio=0.5 needs at least 2 rows",)))
+    place.refused(
+        place.sft("--dry_run", *extra), *(named or ("split_dataset_ratio=0.5 needs at least 2 rows",))
+    )
 
 
 def test_rows_that_are_all_too_long(place: Place) -> None:
@@ -255,7 +302,11 @@ def test_settings_that_cannot_be(place: Place, words: str, named: str) -> None:
 
 @pytest.mark.parametrize(
     ("missing", "named"),
-    [("--model", "pass --model DIR"), ("--dataset", "pass --dataset FILE"), ("--output_dir", "pass --output_dir DIR")],
+    [
+        ("--model", "pass --model DIR"),
+        ("--dataset", "pass --dataset FILE"),
+        ("--output_dir", "pass --output_dir DIR"),
+    ],
 )
 def test_what_every_run_needs(place: Place, missing: str, named: str) -> None:
     words = place.sft()
@@ -271,7 +322,9 @@ def test_what_every_run_needs(place: Place, missing: str, named: str) -> None:
         ("NNODES", "2", "NNODES > 1 needs NODE_RANK"),
     ],
 )
-def test_environment(place: Place, monkeypatch: pytest.MonkeyPatch, name: str, value: str, named: str) -> None:
+def test_environment(
+    place: Place, monkeypatch: pytest.MonkeyPatch, name: str, value: str, named: str
+) -> None:
     monkeypatch.setenv(name, value)
     words = place.sft()
     words.remove("--nproc_per_node")
@@ -289,7 +342,9 @@ def test_output_directories(place: Place) -> None:
     file = str(place.out / "notes.txt")
     place.refused(place.sft("--output_dir", file), "notes.txt is a file")
     place.refused([*convert, file], "notes.txt is a file")
-    place.refused(place.sft("--output_dir", f"{file}/run"), "notes.txt/run cannot be made", "notes.txt is a file")
+    place.refused(
+        place.sft("--output_dir", f"{file}/run"), "notes.txt/run cannot be made", "notes.txt is a file"
+    )
     place.refused([*convert, f"{file}/run"], "notes.txt/run", "Not a directory")
 
 
@@ -315,7 +370,10 @@ def test_resuming_from_nothing(place: Place) -> None:
         ("--to hf --output_dir O", "--to hf reads --checkpoint"),
         ("--to mcore --model M --checkpoint M --output_dir O", "--checkpoint does not go with --to mcore"),
         ("--to mcore --model M", "pass --output_dir DIR"),
-        ("--to mcore --model M --output_dir O --max_shard_size 1GB", "max_shard_size does not go with --to mcore"),
+        (
+            "--to mcore --model M --output_dir O --max_shard_size 1GB",
+            "max_shard_size does not go with --to mcore",
+        ),
         ("--to mcore --model M --output_dir O --torch_dtype int8", "torch_dtype must be one of"),
         ("--to mcore --model M --output_dir O --tensor_model_parallel_size 4", "num_key_value_heads 2"),
         ("--to mcore --model M --output_dir O --tensor_model_parallel_size 0", "must be at least 1, not 0"),
@@ -334,7 +392,9 @@ def test_convert(place: Place, words: str, named: str) -> None:
 
 def test_a_checkpoint_with_a_part_missing(place: Place) -> None:
     checkpoint = place.root / "mcore"
-    assert main(["convert", "--to", "mcore", "--model", str(place.model), "--output_dir", str(checkpoint)]) == 0
+    assert (
+        main(["convert", "--to", "mcore", "--model", str(place.model), "--output_dir", str(checkpoint)]) == 0
+    )
     export = ["convert", "--to", "hf", "--checkpoint", str(checkpoint), "--output_dir", str(place.out)]
     compare = ["verify", "--model", str(place.model), "--checkpoint", str(checkpoint)]
     (shard,) = checkpoint.glob("*.distcp")
@@ -354,12 +414,16 @@ def test_verify(place: Place) -> None:
     place.refused(["verify", "--model", missing, "--checkpoint", model], "none does not exist")
     place.refused(["verify", "--model", model, "--checkpoint", missing], "none does not exist")
     report = ["--report", f"{missing}/report.json"]
-    place.refused(["verify", "--model", model, "--checkpoint", model, *report], "none/report.json cannot be written")
+    place.refused(
+        ["verify", "--model", model, "--checkpoint", model, *report], "none/report.json cannot be written"
+    )
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
-    assert_one_line(capsys.readouterr().err, "train", "unknown command 'train'; commands are sft, convert, verify")
+    assert_one_line(
+        capsys.readouterr().err, "train", "unknown command 'train'; commands are sft, convert, verify"
+    )
     assert main([]) == 2
     assert "usage: braid COMMAND" in capsys.readouterr().out
 
@@ -406,19 +470,29 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 def test_convert_onto_a_full_disk(place: Place, small_disk: Callable[[int], Path]) -> None:
     disk = small_disk(300_000)
     place.refused(
-        ["convert", "--to", "mcore", "--model", str(place.model), "--output_dir", str(disk / "mcore")], "disk full", str(disk)
+        ["convert", "--to", "mcore", "--model", str(place.model), "--output_dir", str(disk / "mcore")],
+        "disk full",
+        str(disk),
     )
 
 
-def test_a_run_that_cannot_fit_on_the_disk_does_not_start(place: Place, small_disk: Callable[[int], Path]) -> None:
+def test_a_run_that_cannot_fit_on_the_disk_does_not_start(
+    place: Place, small_disk: Callable[[int], Path]
+) -> None:
     disk = small_disk(300_000)
-    place.refused(place.sft("--output_dir", str(disk / "run")), "disk full", str(disk), "choose another output_dir")
+    place.refused(
+        place.sft("--output_dir", str(disk / "run")), "disk full", str(disk), "choose another output_dir"
+    )
 
 
-def test_a_disk_that_fills_up_while_training(place: Place, cache: Path, small_disk: Callable[[int], Path]) -> None:
+def test_a_disk_that_fills_up_while_training(
+    place: Place, cache: Path, small_disk: Callable[[int], Path]
+) -> None:
     """One checkpoint of 2.6 MB fits, the second does not."""
     out = small_disk(4_000_000) / "run"
-    words = place.sft("--output_dir", str(out), "--max_steps", "2", "--save_steps", "1", "--nproc_per_node", "1")
+    words = place.sft(
+        "--output_dir", str(out), "--max_steps", "2", "--save_steps", "1", "--nproc_per_node", "1"
+    )
     run = braid(*words, "--tensor_model_parallel_size", "1", cache=cache)
     assert run.code == 2, run.stderr
     assert_one_line(run.stderr, "sft", f"disk full while writing {out}", "save_total_limit")

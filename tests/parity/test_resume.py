@@ -28,7 +28,9 @@ class Runs:
     def __init__(self, workers: WorkerPool, model_dir: Path, root: Path) -> None:
         self.workers, self.model_dir, self.root = workers, model_dir, root
 
-    def start(self, name: str, flags: Sequence[str], *, world_size: int = 4, resume: Path | None = None) -> Path:
+    def start(
+        self, name: str, flags: Sequence[str], *, world_size: int = 4, resume: Path | None = None
+    ) -> Path:
         output = self.root / name
         if resume is not None:
             shutil.copytree(resume, output / resume.name)
@@ -92,7 +94,11 @@ def test_one_seed_gives_one_run(runs: Runs, straight: Path, tmp_path: Path) -> N
     ("name", "world_size", "flags"),
     [
         ("DP2", 2, []),
-        ("PP2xVPP2", 2, ["--pipeline_model_parallel_size", "2", "--virtual_pipeline_model_parallel_size", "2"]),
+        (
+            "PP2xVPP2",
+            2,
+            ["--pipeline_model_parallel_size", "2", "--virtual_pipeline_model_parallel_size", "2"],
+        ),
         ("TP2xDP2", 4, ["--tensor_model_parallel_size", "2"]),
     ],
 )

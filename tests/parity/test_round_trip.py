@@ -1,4 +1,6 @@
-"""Hugging Face -> Megatron shards at TP2 x PP2 x VPP2 -> Hugging Face: every byte of every tensor comes back."""
+"""Hugging Face -> Megatron shards at TP2 x PP2 x VPP2 -> Hugging Face: every byte of every tensor comes
+back.
+"""
 
 from pathlib import Path
 
@@ -20,7 +22,9 @@ def test_weights_come_back_from_every_rank(workers: WorkerPool, model: str, tmp_
     parallel = ParallelOptions(
         tensor_model_parallel_size=2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
     )
-    workers.run(save_after_idle_step, 4, model_dir=str(source), parallel=parallel, output_dir=str(tmp_path / "run"))
+    workers.run(
+        save_after_idle_step, 4, model_dir=str(source), parallel=parallel, output_dir=str(tmp_path / "run")
+    )
     to_hf(tmp_path / "run" / "checkpoint-0", tmp_path / "back")
     before, after = HfReader(source), HfReader(tmp_path / "back")
     assert before.tensors.keys() == after.tensors.keys()
@@ -28,4 +32,6 @@ def test_weights_come_back_from_every_rank(workers: WorkerPool, model: str, tmp_
         assert torch.equal(before.read(name).view(torch.uint8), after.read(name).view(torch.uint8)), name
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes(), name
-    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        source / "model.safetensors"
+    ).read_bytes()

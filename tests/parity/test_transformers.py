@@ -1,4 +1,6 @@
-"""Every layout computes what transformers computes: loss, every weight's gradient, weights after three AdamW steps."""
+"""Every layout computes what transformers computes: loss, every weight's gradient, weights after three AdamW
+steps.
+"""
 
 from collections.abc import Mapping
 from functools import cache
@@ -21,7 +23,11 @@ LAYOUTS: Mapping[str, tuple[int, ParallelOptions, int]] = {
     "TP4": (4, ParallelOptions(tensor_model_parallel_size=4), 4),
     "PP2": (2, ParallelOptions(pipeline_model_parallel_size=2), 4),
     "PP3 with 5 layers": (3, ParallelOptions(pipeline_model_parallel_size=3), 5),
-    "PP2xVPP2": (2, ParallelOptions(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2), 4),
+    "PP2xVPP2": (
+        2,
+        ParallelOptions(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+        4,
+    ),
     "DP2": (2, ParallelOptions(), 4),
     "TP2xPP2": (4, ParallelOptions(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 4),
     "TP2xDP2": (4, ParallelOptions(tensor_model_parallel_size=2), 4),
@@ -29,20 +35,23 @@ LAYOUTS: Mapping[str, tuple[int, ParallelOptions, int]] = {
     "TP2xPP2xVPP2": (
         4,
         ParallelOptions(
-            tensor_model_parallel_size=2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+            tensor_model_parallel_size=2,
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
         ),
         4,
     ),
 }
 LEARNING_RATES = (1e-3, 2e-3, 3e-3)  # a warm-up
-# AdamW divides a gradient by its own size. With the usual epsilon of 1e-8 an element whose gradient is rounding noise
-# moves by a full learning rate in a random direction - two runs of transformers with the rows in another order differ by
-# 1e-4 there - and comparing it would test the noise. Real gradients are about 1e-3 here.
+# AdamW divides a gradient by its own size. With the usual epsilon of 1e-8 an element whose gradient is
+# rounding noise moves by a full learning rate in a random direction - two runs of transformers with the rows
+# in another order differ by 1e-4 there - and comparing it would test the noise. Real gradients are about 1e-3
+# here.
 ADAM_EPSILON = 1e-6
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+def models(tmp_path_factory: pytest.TempPathFactory):
     """model_dir(name, layers), made once."""
     root = tmp_path_factory.mktemp("models")
 
@@ -55,11 +64,13 @@ def models(tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
 
 def global_batches(model_dir: Path) -> list[list]:
     vocabulary = load_model_spec(model_dir).vocab_size
-    return [random_rows(8, vocabulary=vocabulary, longest=24, seed=seed) for seed in range(len(LEARNING_RATES))]
+    return [
+        random_rows(8, vocabulary=vocabulary, longest=24, seed=seed) for seed in range(len(LEARNING_RATES))
+    ]
 
 
 @pytest.fixture(scope="module")
-def reference(models):  # noqa: ANN001, ANN201
+def reference(models):
     @cache
     def run(name: str, layers: int) -> Reference:
         directory = models(name, layers)
@@ -84,7 +95,9 @@ def assert_parity(results: list[LayoutResult], expected: Reference, model_dir: P
     weights = weight_map(load_model_spec(model_dir))
     gradients = merge(results, weights, "gradients")
     assert gradients.keys() == expected.gradients.keys()
-    assert_within({n: relative_error(gradients[n], expected.gradients[n]) for n in gradients}, 1e-4, "gradient")
+    assert_within(
+        {n: relative_error(gradients[n], expected.gradients[n]) for n in gradients}, 1e-4, "gradient"
+    )
     trained = merge(results, weights, "weights")
     assert trained.keys() == expected.weights.keys()
     # No element is off by 1e-4, and the update as a whole is right to 1e-4 of its length.
@@ -101,7 +114,9 @@ def assert_within(errors: Mapping[str, float], bound: float, what: str) -> None:
 
 
 def check_copies(results: list[LayoutResult]) -> None:
-    """The last stage's copy of tied embeddings equals the first stage's, in gradients and after the updates."""
+    """The last stage's copy of tied embeddings equals the first stage's, in gradients and after the
+    updates.
+    """
     name = "embedding.word_embeddings.weight"
     for copy in (result for result in results if result.copies):
         original = next(r for r in results if r.place == (0, *copy.place[1:]))
@@ -111,7 +126,7 @@ def check_copies(results: list[LayoutResult]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)
-def test_layout_equals_transformers(workers: WorkerPool, models, reference, model: str, layout: str) -> None:  # noqa: ANN001
+def test_layout_equals_transformers(workers: WorkerPool, models, reference, model: str, layout: str) -> None:
     world_size, parallel, layers = LAYOUTS[layout]
     directory = models(model, layers)
     results = workers.run(

@@ -7,22 +7,26 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-_COMMON: Mapping[str, Any] = dict(
-    hidden_size=64, intermediate_size=96, num_attention_heads=8, num_key_value_heads=4, num_hidden_layers=4,
-    vocab_size=512, max_position_embeddings=512, rms_norm_eps=1e-6,
-)  # fmt: skip
+_COMMON: Mapping[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "num_hidden_layers": 4, "vocab_size": 512, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+}  # fmt: skip
 
 MODELS: Mapping[str, Any] = {
     "qwen2_tied": lambda **o: Qwen2Config(**{**_COMMON, "tie_word_embeddings": True, **o}),
     "qwen2_untied": lambda **o: Qwen2Config(**{**_COMMON, "tie_word_embeddings": False, **o}),
-    "qwen3_head_dim": lambda **o: Qwen3Config(**{**_COMMON, "head_dim": 24, "tie_word_embeddings": False, **o}),
+    "qwen3_head_dim": lambda **o: Qwen3Config(
+        **{**_COMMON, "head_dim": 24, "tie_word_embeddings": False, **o}
+    ),
     "qwen3_odd_vocabulary": lambda **o: Qwen3Config(
         **{**_COMMON, "head_dim": 16, "vocab_size": 509, "tie_word_embeddings": True, **o}
     ),
 }
 
 
-def save_tiny_model(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+def save_tiny_model(
+    name: str, directory: Path, *, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Path:
     """Save MODELS[name] with every weight random: constant norms and biases would hide a wrong order."""
     torch.manual_seed(1234)
     config = MODELS[name](**overrides)

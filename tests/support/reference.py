@@ -12,7 +12,9 @@ from engine.data.template import EncodedRow
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """Losses before each step, gradients of the first global batch, weights after all steps; by Hugging Face name."""
+    """Losses before each step, gradients of the first global batch, weights after all steps; by Hugging Face
+    name.
+    """
 
     losses: list[float]
     grad_norms: list[float]
@@ -32,7 +34,9 @@ def train_reference(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
 ) -> Reference:
-    """Train on the given global batches in fp32. Loss is the mean over the supervised tokens of a global batch."""
+    """Train on the given global batches in fp32. Loss is the mean over the supervised tokens of a global
+    batch.
+    """
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa")
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     decayed = [p for p in model.parameters() if p.dim() > 1]

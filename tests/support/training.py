@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -83,10 +82,14 @@ def save_after_idle_step(
     from engine.training.resume import TrainerState
     from engine.training.step import train_step
 
-    spec, platform, groups, models, optim = open_run(rank, world_size, model_dir, parallel, OptimizerOptions())
+    spec, platform, groups, models, optim = open_run(
+        rank, world_size, model_dir, parallel, OptimizerOptions()
+    )
     rows = random_rows(2, vocabulary=spec.vocab_size, longest=16, seed=0)
     set_learning_rate(optim, 0.0, 0.0)
-    train_step(models, optim, [collate([row], pad_id=0, pad_to_multiple_of=2) for row in rows], platform.device)
+    train_step(
+        models, optim, [collate([row], pad_id=0, pad_to_multiple_of=2) for row in rows], platform.device
+    )
     state = TrainerState(
         step=0,
         total_steps=1,
@@ -125,7 +128,9 @@ def train_layout(
     from engine.training.optimizer import set_learning_rate
     from engine.training.step import evaluate, global_totals, run_pipeline, train_step
 
-    spec, platform, groups, models, optim = open_run(rank, world_size, model_dir, parallel, optimizer, recompute)
+    spec, platform, groups, models, optim = open_run(
+        rank, world_size, model_dir, parallel, optimizer, recompute
+    )
     layout = groups.layout
 
     def share(rows: Sequence[EncodedRow]) -> list[Any]:
@@ -153,14 +158,16 @@ def train_layout(
         eval_loss=eval_loss,
         gradients=gradients,
         weights=weights,
-        copies={f"gradient {n}": t for n, t in copies.items()} | {f"weight {n}": t for n, t in weight_copies.items()},
+        copies={f"gradient {n}": t for n, t in copies.items()}
+        | {f"weight {n}": t for n, t in weight_copies.items()},
         place=(groups.pp_rank, groups.dp_rank, groups.tp_rank),
     )
 
 
 def release(models: Sequence[Any]) -> None:
-    """Break the cycles through autograd's hooks, which Python's collector cannot see: they would keep every model, and
-    with it the threads of its gloo groups, alive in the reused workers."""
+    """Break the cycles through autograd's hooks, which Python's collector cannot see: they would keep every
+    model, and with it the threads of its gloo groups, alive in the reused workers.
+    """
     for model in models:
         vars(model).clear()
 
@@ -184,7 +191,9 @@ def local_tensors(
 
 
 def _complete_gradients(model: Any, groups: Any) -> None:
-    """The distributed optimizer leaves each rank only its shard of the reduced gradients: gather the others'."""
+    """The distributed optimizer leaves each rank only its shard of the reduced gradients: gather the
+    others'.
+    """
     if not model.ddp_config.use_distributed_optimizer or groups.layout.dp == 1:
         return
     for buffer in [*model.buffers, *model.expert_parallel_buffers]:
@@ -211,7 +220,9 @@ def merge(results: Sequence[LayoutResult], weight_map: dict[str, Any], kind: str
 
 
 def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
-    """`braid sft` on an open group: everything that a worker does between opening and closing its processes."""
+    """`braid sft` on an open group: everything that a worker does between opening and closing its
+    processes.
+    """
     from engine.config.options import SftConfig
     from engine.config.parse import parse
     from engine.runtime import mcore

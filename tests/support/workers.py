@@ -1,7 +1,7 @@
 """Worker processes that are spawned once and reused for every layout.
 
-Importing torch and Megatron takes seconds; a test that paid for it in four processes each would make the suite slow.
-Each job opens a gloo group over the first `world_size` workers and closes it again.
+Importing torch and Megatron takes seconds; a test that paid for it in four processes each would make the
+suite slow. Each job opens a gloo group over the first `world_size` workers and closes it again.
 """
 
 import importlib
@@ -21,7 +21,9 @@ class WorkerError(AssertionError):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """`module:function` called on every rank as function(rank, world_size, **arguments); results must pickle."""
+    """`module:function` called on every rank as function(rank, world_size, **arguments); results must
+    pickle.
+    """
 
     target: str
     world_size: int
@@ -37,13 +39,17 @@ class WorkerPool:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def run(self, function: Callable[..., Any], world_size: int, *, timeout: float = 240.0, **arguments: Any) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], world_size: int, *, timeout: float = 240.0, **arguments: Any
+    ) -> list[Any]:
         """Results by rank. Raises WorkerError with the traceback of the first rank that failed."""
         assert world_size <= self.size
         self._start()
         with tempfile.TemporaryDirectory() as folder:
             target = f"{function.__module__}:{function.__qualname__}"
-            job = Job(target=target, world_size=world_size, store=os.path.join(folder, "store"), arguments=arguments)
+            job = Job(
+                target=target, world_size=world_size, store=os.path.join(folder, "store"), arguments=arguments
+            )
             for pipe in self._pipes[:world_size]:
                 pipe.send(job)
             return self._collect(world_size, timeout)
