@@ -6,6 +6,7 @@ Whichever rank fails, the user sees one message: the one of the first rank that 
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.config.options import LaunchOptions
 from engine.errors import ConfigError, UserError
@@ -145,11 +147,13 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str]) -
     """Start this node's ranks with torch's elastic agent and wait for them. Returns the exit code of the
     run.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):  # torch gives each of them a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="braid-") as folder, _environment(_ERROR_DIR, folder):
         nodes = options.nnodes or 1
         single = nodes == 1
@@ -162,17 +166,43 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str]) -
             rdzv_endpoint="localhost:0" if single else f"{options.master_addr}:{options.master_port}",
             rdzv_configs={"rank": options.node_rank or 0, "timeout": 900},
             max_restarts=0,
+            signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
             # Rank 0 speaks; what other ranks print is kept only as long as the run.
             logs_specs=DefaultLogsSpecs(
                 log_dir=folder, redirects=dict.fromkeys(range(1, world.local_size), Std.ALL)
             ),
         )
+        interrupted: list[int] = []
         try:
-            elastic_launch(config, sys.executable)("-m", "launch.cli", *argv)
+            with _interrupt_as_termination(interrupted):
+                elastic_launch(config, sys.executable)("-m", "launch.cli", *argv)
             return 0
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
             return _first_error(Path(folder), failure.exitcode)
+        except SignalException as error:  # the agent has ended the ranks
+            number = signal.SIGINT if interrupted else error.sigval
+            print(f"braid sft: stopped by {number.name}", file=sys.stderr, flush=True)
+            return 128 + int(number)
+
+
+@contextmanager
+def _interrupt_as_termination(seen: list[int]) -> Iterator[None]:
+    """Let Ctrl-C end the ranks by SIGTERM; `seen` receives the SIGINT.
+
+    The agent would hand the SIGINT on, and a Python process can swallow its KeyboardInterrupt, or print where
+    it struck.
+    """
+
+    def handler(number: int, frame: Any) -> None:
+        seen.append(number)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from engine.config.batch import BatchShape, resolve_batch_shape
 from engine.config.options import SftConfig
 from engine.config.parallel import ParallelLayout
 from engine.config.parse import flatten, help_text, parse
-from engine.errors import ConfigError, OutputError
+from engine.errors import CheckpointError, ConfigError, OutputError
 from engine.model.spec import ModelSpec, load_model_spec
 from launch.disk import check_room, full_disk_named
 from launch.processes import World, find_world, launch_environment, open_world, run_worker, start_processes
@@ -153,11 +153,33 @@ def check_files(blueprint: Blueprint) -> None:
     check_room(
         blueprint.output_dir, num_parameters=blueprint.spec.num_parameters(), weight_bytes=4 if in_fp32 else 2
     )
-    if blueprint.resume is None:
+    if blueprint.resume is not None:
+        _check_checkpoint(blueprint.resume, blueprint.spec)
+    else:
         from converters.hf_files import HfReader, check_weights
         from converters.mapping import weight_map
 
         check_weights(HfReader(blueprint.model_dir), weight_map(blueprint.spec))
+
+
+def _check_checkpoint(checkpoint: Path, spec: ModelSpec) -> None:
+    """Raise CheckpointError if it is of another model, or one of its files is missing or cut off."""
+    from converters.dist_ckpt import DistReader, check_checkpoint
+    from converters.files import inside
+    from converters.mapping import weight_map
+
+    reader = DistReader(checkpoint)
+    check_checkpoint(reader, weight_map(spec))
+    ends: dict[str, int] = {}
+    for chunk in (chunk for tensor in reader.tensors.values() for chunk in tensor.chunks):
+        ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
+    for file, end in ends.items():
+        path = inside(checkpoint, file, error=CheckpointError)
+        size = path.stat().st_size
+        if size < end:
+            raise CheckpointError(
+                f"{path} is truncated: it has {size} bytes of {end}; resume from another checkpoint"
+            )
 
 
 def check_output_dir(blueprint: Blueprint) -> None:

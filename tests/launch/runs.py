@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,8 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 _LAUNCH_VARIABLES = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NPROC_PER_NODE", "NNODES", "NODE_RANK", "MASTER_ADDR",
-    "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID", "BRAID_ERROR_DIR",
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NPROC_PER_NODE", "NNODES", "NODE_RANK",
+    "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID", "BRAID_ERROR_DIR",
 )  # fmt: skip
 _MARK = "BRAID_TEST_RUN"
 
@@ -43,24 +45,23 @@ class Run:
     """Ids of processes that the command started and that outlived it."""
 
 
-def braid(*words: str, cache: Path, **environment: str) -> Run:
-    """`python -m launch.cli WORDS` in a process of its own."""
+def braid(*words: str, cache: Path, stop_by: signal.Signals | None = None, **environment: str) -> Run:
+    """`python -m launch.cli WORDS` in a process of its own; `stop_by` is sent once two ranks run."""
     mark = uuid.uuid4().hex
     env = {name: value for name, value in os.environ.items() if name not in _LAUNCH_VARIABLES}
     env |= {"BRAID_CACHE": str(cache), _MARK: mark, **environment}
-    result = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *words],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
+    command = [sys.executable, "-m", "launch.cli", *words]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    while stop_by is not None and process.poll() is None:
+        if len(list(_marked_processes(mark))) >= 3:
+            process.send_signal(stop_by)
+            break
+        time.sleep(0.1)
+    stdout, stderr = process.communicate(timeout=300)
     return Run(
-        code=result.returncode,
-        stdout=result.stdout,
-        stderr=result.stderr,
-        left_running=tuple(_marked_processes(mark)),
+        code=process.returncode, stdout=stdout, stderr=stderr, left_running=tuple(_marked_processes(mark))
     )
 
 

@@ -1,6 +1,9 @@
-"""`braid sft` for real: what a run leaves, how it goes on from a checkpoint, and the launcher with two ranks."""
+"""`braid sft` for real: what a run leaves, how it goes on from a checkpoint, the launcher with two ranks."""
 
+import os
 import shutil
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from engine.config.options import SftConfig
 from engine.config.parse import flatten, parse
 from launch.cli import main
+from launch.tiny import build_tiny_qwen3
 from tests.launch.runs import Run, braid, everything_in, question_rows, read_jsonl, write_rows
 
 TRAIN_KEYS = {
-    "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "tflops_per_gpu", "mfu", "mem_gib", "elapsed_s", "eta_s",
+    "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "tflops_per_gpu", "mfu", "mem_gib",
+    "elapsed_s", "eta_s",
 }  # fmt: skip
 EVAL_KEYS = {"step", "eval_loss", "eval_perplexity", "eval_tokens"}
 SETTINGS = (
@@ -29,7 +34,7 @@ SETTINGS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A finished run, the words that made it, and a copy of its directory from before anybody continued it."""
+    """A finished run, the words that made it, and its output directory, which nobody changes."""
 
     run: Run
     words: list[str]
@@ -176,22 +181,57 @@ def test_a_resumed_run_exports_anew(continued: Trained, trained: Trained) -> Non
     assert main(compare) == 0
 
 
-def test_a_checkpoint_without_its_shards_is_refused(trained: Trained, tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda c: (c / "__0_0.distcp").unlink(), ("__0_0.distcp does not exist",)),
+        (lambda c: os.truncate(c / "__0_1.distcp", 1000), ("__0_1.distcp is truncated",)),
+        (lambda c: (c / ".metadata").write_bytes(b"rubbish"), (".metadata is damaged",)),
+        (lambda c: (c / "trainer_state.json").write_text("{"), ("trainer_state.json cannot be read",)),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(
+    trained: Trained,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], Any],
+    named: tuple[str, ...],
+) -> None:
+    """Before two ranks would start."""
     out = tmp_path / "out"
     shutil.copytree(trained.out, out)
-    for shard in (out / "checkpoint-3").glob("*.distcp"):
-        shard.unlink()
+    damage(out / "checkpoint-3")
     before = everything_in(out)
-    words = ["--max_steps", "5", "--output_dir", str(out), "--resume_from_checkpoint", "auto"]
-    run = braid(*trained.words, *words, cache=cache)
-    assert run.code == 2, run.stderr
-    assert run.stderr.count("\n") == 1, run.stderr
-    assert run.stderr.startswith("braid sft: error")
-    assert "checkpoint-3" in run.stderr
-    kept = ("metrics.jsonl", "hf/model.safetensors", "checkpoint-3/trainer_state.json")
-    after = everything_in(out)
-    assert after.keys() == before.keys()
-    assert all(after[name] == before[name] for name in kept)
+    words = [*trained.words, "--max_steps", "5", "--output_dir", str(out), "--nproc_per_node", "2"]
+    assert main([*words, "--resume_from_checkpoint", "auto"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1, printed
+    assert printed.startswith("braid sft: error")
+    assert all(part in printed for part in ("checkpoint-3", *named))
+    assert everything_in(out) == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = build_tiny_qwen3(
+        tmp_path / "other", hidden_size=32, intermediate_size=96, num_hidden_layers=2, head_dim=8
+    )
+    capsys.readouterr()
+    words = [
+        *trained.words,
+        "--model",
+        str(other),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--nproc_per_node",
+        "2",
+    ]
+    assert main([*words, "--resume_from_checkpoint", str(trained.out / "checkpoint-3")]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1, printed
+    assert "checkpoint-3: weight decoder.layers.0.mlp.linear_fc1.weight has shape [128, 32]" in printed
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
@@ -225,15 +265,27 @@ def one_file(run: Trained) -> Path:
     return run.out / "hf" / "model.safetensors"
 
 
-def test_a_run_goes_on_under_another_layout(two_ranks: Trained, trained: Trained, cache: Path) -> None:
-    """The checkpoint of two ranks, continued by one, is as good as that of one rank."""
+def test_a_run_goes_on_under_another_layout(two_ranks: Trained, continued: Trained, cache: Path) -> None:
+    """One rank takes the checkpoint of two where they stopped; the next step is what it would have been."""
     assert two_ranks.run.code == 0, two_ranks.run.stderr
     out = two_ranks.out.with_name("by_one")
-    resume = ["--resume_from_checkpoint", str(two_ranks.out / "checkpoint-3")]
-    assert main([*two_ranks.words, *resume, "--max_steps", "4", "--output_dir", str(out), "--dry_run"]) == 0
-    run = braid(*two_ranks.words, *resume, "--max_steps", "4", "--output_dir", str(out), cache=cache)
+    words = [*two_ranks.words, "--max_steps", "4", "--output_dir", str(out)]
+    run = braid(*words, "--resume_from_checkpoint", str(two_ranks.out / "checkpoint-3"), cache=cache)
     assert run.code == 0, run.stderr
     records = read_jsonl(out / "metrics.jsonl")
     assert steps_of(records, "loss") == [4]
-    assert trained.run.code == 0
-    assert records[0]["tokens"] > read_jsonl(trained.out / "metrics.jsonl")[-2]["tokens"]
+    (wanted,) = [r for r in read_jsonl(continued.out / "metrics.jsonl") if r["step"] == 4]
+    assert records[0]["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+    assert records[0]["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+    assert records[0]["tokens"] == wanted["tokens"]
+
+
+@pytest.mark.parametrize("stop_by", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_ends_its_ranks(
+    tiny_model: Path, cache: Path, tmp_path: Path, stop_by: signal.Signals
+) -> None:
+    words = [*settings(tiny_model, tmp_path), "--output_dir", str(tmp_path / "out"), "--max_steps", "100000"]
+    run = braid(*words, "--nproc_per_node", "2", cache=cache, stop_by=stop_by)
+    assert run.code == 128 + stop_by
+    assert run.stderr == f"braid sft: stopped by {stop_by.name}\n"
+    assert run.left_running == ()

@@ -1,6 +1,7 @@
 """Jobs for the worker pool: train a few steps under a layout and hand back losses, gradients and weights."""
 
 import gc
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,9 @@ def open_run(
     parallel: ParallelOptions,
     optimizer: OptimizerOptions,
     recompute: RecomputeOptions | None = None,
+    *,
+    dtype: str = "float32",
+    transformer_impl: str = "torch",
 ) -> tuple[Any, Any, Any, list[Any], Any]:
     """Spec, platform, groups, wrapped models with the checkpoint's weights, and optimizer."""
     from converters.load import load_model_weights
@@ -62,7 +66,8 @@ def open_run(
     from engine.runtime.platform import open_platform
     from engine.training.optimizer import build_optimizer, wrap_data_parallel
 
-    platform = open_platform(device="cpu", dtype="float32", transformer_impl="torch", local_rank=rank)
+    device = os.environ.get("BRAID_TEST_DEVICE", "cpu")
+    platform = open_platform(device=device, dtype=dtype, transformer_impl=transformer_impl, local_rank=rank)
     spec = load_model_spec(model_dir)
     layout = ParallelLayout.resolve(parallel, num_layers=spec.num_layers, world_size=world_size)
     groups = mcore.initialize(layout, platform, seed=1)
@@ -123,13 +128,22 @@ def train_layout(
     learning_rates: Sequence[float],
     micro_batch_size: int = 1,
     recompute: RecomputeOptions | None = None,
+    dtype: str = "float32",
+    transformer_impl: str = "torch",
 ) -> LayoutResult:
     """Train the given global batches under a layout, starting from a Hugging Face checkpoint."""
     from engine.training.optimizer import set_learning_rate
     from engine.training.step import evaluate, global_totals, run_pipeline, train_step
 
     spec, platform, groups, models, optim = open_run(
-        rank, world_size, model_dir, parallel, optimizer, recompute
+        rank,
+        world_size,
+        model_dir,
+        parallel,
+        optimizer,
+        recompute,
+        dtype=dtype,
+        transformer_impl=transformer_impl,
     )
     layout = groups.layout
 
@@ -186,7 +200,7 @@ def local_tensors(
     for weight in named_weights([model.module for model in models], layout, groups.pp_rank):
         value = weight.parameter.main_grad if gradients else weight.parameter.detach()
         target = copies if weight.name in tensors or weight.is_copy else tensors
-        target[weight.name] = value.float().clone()
+        target[weight.name] = value.float().cpu().clone()
     return tensors, copies
 
 

@@ -28,14 +28,15 @@ class Job:
     target: str
     world_size: int
     store: str
+    device: str
     arguments: dict[str, Any]
 
 
 class WorkerPool:
     """`size` ranks at most. A failed or hung job ends the workers; the next job starts fresh ones."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, device: str = "cpu") -> None:
+        self.size, self.device = size, device
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -48,7 +49,11 @@ class WorkerPool:
         with tempfile.TemporaryDirectory() as folder:
             target = f"{function.__module__}:{function.__qualname__}"
             job = Job(
-                target=target, world_size=world_size, store=os.path.join(folder, "store"), arguments=arguments
+                target=target,
+                world_size=world_size,
+                store=os.path.join(folder, "store"),
+                device=self.device,
+                arguments=arguments,
             )
             for pipe in self._pipes[:world_size]:
                 pipe.send(job)
@@ -99,17 +104,23 @@ def _serve(rank: int, pipe: Connection) -> None:
     os.environ.setdefault("LOCAL_WORLD_SIZE", "4")
     import torch.distributed as dist
 
+    from engine.runtime.platform import open_platform
+
     while True:
         try:
             job: Job = pipe.recv()
         except EOFError:
             return
         try:
-            from engine.runtime.platform import open_platform
-
-            open_platform(device="cpu", dtype="float32", transformer_impl="torch", local_rank=rank)
+            os.environ["BRAID_TEST_DEVICE"] = job.device
+            platform = open_platform(
+                device=job.device, dtype="float32", transformer_impl="torch", local_rank=rank
+            )
             dist.init_process_group(
-                "gloo", store=dist.FileStore(job.store, job.world_size), rank=rank, world_size=job.world_size
+                platform.backend,
+                store=dist.FileStore(job.store, job.world_size),
+                rank=rank,
+                world_size=job.world_size,
             )
             module, _, name = job.target.partition(":")
             answer = getattr(importlib.import_module(module), name)(rank, job.world_size, **job.arguments)
