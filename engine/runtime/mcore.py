@@ -63,7 +63,6 @@ def initialize(
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
-        create_gloo_process_groups=platform.is_cpu,
     )
     seed_everything(seed)
     return Groups(
