@@ -20,16 +20,13 @@ def check_room(output_dir: Path, *, num_parameters: int, weight_bytes: int) -> N
     if free < needed:
         raise OutputError(
             f"disk full: {place} has {free / 1e9:.3f} GB free, a checkpoint and the export of this model "
-            f"need "
-            f"{needed / 1e9:.3f} GB; make room or choose another output_dir"
+            f"need {needed / 1e9:.3f} GB; make room or choose another output_dir"
         )
 
 
 @contextmanager
 def full_disk_named(output_dir: Path) -> Iterator[None]:
-    """Turn what a full disk does to any writer into an OutputError, and remove the checkpoint that was being
-    written.
-    """
+    """Turn what a full disk does to any writer into an OutputError."""
     try:
         yield
     except UserError:
@@ -37,8 +34,6 @@ def full_disk_named(output_dir: Path) -> Iterator[None]:
     except BaseException as error:  # torch's CheckpointException is no Exception
         if not _is_full(error):
             raise
-        for partial in output_dir.glob(".checkpoint-*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)
         raise OutputError(
             f"disk full while writing {output_dir}; make room or lower save_total_limit, "
             f"then go on with --resume_from_checkpoint auto"

@@ -149,7 +149,7 @@ def check_files(blueprint: Blueprint) -> None:
     """
     check_output_dir(blueprint)
     options = blueprint.config.model
-    in_fp32 = options.torch_dtype == "float32" or (options.torch_dtype is None and options.device == "cpu")
+    in_fp32 = options.torch_dtype == "float32" or (options.torch_dtype is None and options.device != "cuda")
     check_room(
         blueprint.output_dir, num_parameters=blueprint.spec.num_parameters(), weight_bytes=4 if in_fp32 else 2
     )
@@ -187,11 +187,9 @@ def check_output_dir(blueprint: Blueprint) -> None:
     directory = blueprint.output_dir
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"output_dir {directory} is a file; choose a directory")
-    if (
-        blueprint.config.run.resume_from_checkpoint is None
-        and directory.is_dir()
-        and any(directory.iterdir())
-    ):
+    # `auto` starts afresh in a directory of a run that left no checkpoint, but not among foreign files.
+    auto = blueprint.config.run.resume_from_checkpoint is not None and (directory / "args.yaml").is_file()
+    if blueprint.resume is None and not auto and directory.is_dir() and any(directory.iterdir()):
         raise OutputError(
             f"output_dir {directory} is in use; choose another, empty it, or pass --resume_from_checkpoint "
             f"auto"

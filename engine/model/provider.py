@@ -69,7 +69,6 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration of the model. Raises ConfigError where the options contradict each other."""
     granularity, method, layers = _recompute(recompute)
-    bf16, fp16 = platform.dtype == torch.bfloat16, platform.dtype == torch.float16
     values: dict[str, Any] = {
         "num_layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
@@ -102,8 +101,8 @@ def transformer_config(
         "sequence_parallel": layout.sequence_parallel,
         "params_dtype": platform.dtype,
         "pipeline_dtype": platform.dtype,
-        "bf16": bf16,
-        "fp16": fp16,
+        "bf16": platform.dtype == torch.bfloat16,
+        "fp16": platform.dtype == torch.float16,
         # Micro-batches are as long as their rows; pipeline stages exchange the shape first.
         "variable_seq_lengths": True,
         # Without effect on a dense model; Megatron refuses its default together with variable_seq_lengths.
@@ -111,8 +110,7 @@ def transformer_config(
         # Batched sends and receives of an interleaved schedule over two ranks would pair up wrongly.
         "overlap_p2p_comm": layout.vpp > 1,
         "batch_p2p_comm": layout.vpp == 1,
-        # The only normalisation that is right with masked tokens and uneven rows: one division by the step's
-        # tokens.
+        # The only normalisation that is right with masked tokens and uneven rows: by the step's tokens.
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False,
         "bias_dropout_fusion": False,

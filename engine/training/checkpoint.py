@@ -5,7 +5,6 @@ another name, and the last action is the rename. It is layout-free: another TP/P
 """
 
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 
-from engine.errors import CheckpointError, OutputError
+from engine.errors import CheckpointError
 from engine.runtime import mcore
 from engine.training.resume import STATE_FILE, TrainerState, list_checkpoints
 
@@ -42,7 +41,7 @@ def save_checkpoint(
     """Write `checkpoint-<step>`; call on every rank. `add_companions(directory)` adds what exports need, on
     rank 0.
 
-    `keep` is how many checkpoints stay. Raises OutputError when the disk is full.
+    `keep` is how many checkpoints stay. Whatever goes wrong, nothing half-written is left.
     """
     final = output_dir / f"checkpoint-{state.step}"
     partial = output_dir / f".checkpoint-{state.step}.partial"
@@ -57,12 +56,8 @@ def save_checkpoint(
             (partial / STATE_FILE).write_text(
                 json.dumps(dataclasses.asdict(state), indent=2), encoding="utf-8"
             )
-    except Exception as error:
+    except BaseException:  # torch's CheckpointException is no Exception
         shutil.rmtree(partial, ignore_errors=True)
-        if _is_disk_full(error):
-            raise OutputError(
-                f"disk full while writing {final}; free space or lower save_total_limit"
-            ) from error
         raise
     dist.barrier()
     if groups.rank == 0:
@@ -122,14 +117,6 @@ def _sharded_state(
             replica_id=0,
         )
     return sharded
-
-
-def _is_disk_full(error: BaseException | None) -> bool:
-    while error is not None:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _first_line(error: BaseException) -> str:

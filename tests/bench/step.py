@@ -132,7 +132,7 @@ def _reference(case: Case, model_dir: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch.set_num_threads(int(os.environ.get("BENCH_T") or os.cpu_count()))
+    torch.set_num_threads(os.cpu_count() or 1)
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa")
     model.config.use_cache = False
     decayed = [p for p in model.parameters() if p.dim() > 1]
