@@ -1,8 +1,9 @@
 """`make bench`: a Braid training step against the same step written with transformers and torch, one process,
 CPU.
 
-Each side runs in a process of its own, with the same threads, rows, weights and AdamW; the sides alternate,
-and the ratio of their medians is printed. Bound: a Braid step takes at most 1.25 times as long.
+Each side lives in a process of its own, with the same threads, rows, weights and AdamW. The sides take their
+steps in turn, so that a busy machine slows both alike, and the medians are compared. Bound: a Braid step
+takes at most 1.25 times as long.
 """
 
 import json
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 BOUND = 1.25
-ROUNDS, WARMUP, STEPS = 2, 2, 8
+WARMUP, STEPS = 3, 25
 ROWS, LENGTH, MICRO_BATCH = 16, 128, 4
 
 
@@ -52,11 +53,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model_dir = save_tiny_model("qwen3_head_dim", Path(folder) / "model", **SHAPE)
         for case in CASES:
-            times: dict[str, list[float]] = {"reference": [], "braid": []}
-            for _ in range(ROUNDS):
-                for side, seconds in times.items():
-                    seconds += _measure(side, case, model_dir)
-            reference, braid = (statistics.median(times[side]) * 1e3 for side in ("reference", "braid"))
+            reference, braid = (1e3 * statistics.median(times) for times in _alternate(case, model_dir))
             worst = max(worst, braid / reference)
             table.add_row(case.name, f"{reference:.1f}", f"{braid:.1f}", f"{braid / reference:.2f}")
     Console().print(table)
@@ -64,23 +61,38 @@ def main() -> int:
     return 0 if worst <= BOUND else 1
 
 
-def _measure(side: str, case: Case, model_dir: Path) -> list[float]:
-    command = [sys.executable, "-m", "tests.bench.step", side, json.dumps(asdict(case)), str(model_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return list(json.loads(done.stdout.splitlines()[-1]))
+def _alternate(case: Case, model_dir: Path) -> tuple[list[float], list[float]]:
+    """Seconds of each step of the reference and of Braid, taken in turn."""
+    sides = [_start(side, case, model_dir) for side in ("reference", "braid")]
+    times: tuple[list[float], list[float]] = ([], [])
+    for step in range(WARMUP + STEPS):
+        for side, seconds in zip(sides, times, strict=True):
+            assert side.stdin is not None
+            assert side.stdout is not None
+            side.stdin.write("step\n")
+            side.stdin.flush()
+            answer = side.stdout.readline()
+            if not answer:
+                raise RuntimeError("a side of the benchmark ended; run it alone to see why")
+            if step >= WARMUP:
+                seconds.append(float(answer))
+    for side in sides:
+        side.communicate()
+    return times
+
+
+def _start(side: str, case: Case, model_dir: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-W", "ignore", "-m", "tests.bench.step", side, json.dumps(asdict(case))]
+    return subprocess.Popen(
+        [*command, str(model_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def _time_steps(step: Callable[[], object]) -> None:
-    for _ in range(WARMUP):
-        step()
-    seconds = []
-    for _ in range(STEPS):
+    for _ in sys.stdin:
         started = time.perf_counter()
         step()
-        seconds.append(time.perf_counter() - started)
-    print(json.dumps(seconds))
+        print(time.perf_counter() - started, flush=True)
 
 
 def _rows(case: Case) -> list:
