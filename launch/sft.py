@@ -269,7 +269,7 @@ def _worker(config: SftConfig, given: set[str], world: World, place: list[str]) 
     with full_disk_named(blueprint.output_dir):
         last = train(blueprint, platform, groups, data)
         if world.rank == 0:
-            _export(last, blueprint)
+            _export(last, blueprint, data)
     dist.barrier()
     mcore.destroy()
     dist.destroy_process_group()
@@ -379,13 +379,22 @@ def _announce(blueprint: Blueprint, data: "PreparedData", plan: "BatchPlan") -> 
             )
 
 
-def _export(checkpoint: Path, blueprint: Blueprint) -> None:
+def _export(checkpoint: Path, blueprint: Blueprint, data: "PreparedData") -> None:
+    """Write `hf/`, and the card and curve that describe it."""
     import shutil
 
     from converters.convert import to_hf
+    from launch.card import write_card
 
     target = blueprint.output_dir / "hf"
     # An earlier export of a resumed run is replaced, never mixed.
     shutil.rmtree(target, ignore_errors=True)
     report = to_hf(checkpoint, target)
     print(f"exported {report.tensors} tensors, {report.bytes / 2**30:.2f} GiB, to {target}", flush=True)
+    write_card(
+        blueprint.output_dir,
+        flatten(blueprint.config),
+        layout=blueprint.layout.summary(),
+        data=data.summary(),
+        global_batch_size=blueprint.shape.global_batch_size,
+    )

@@ -84,7 +84,20 @@ def test_a_run_leaves_what_the_contract_says(trained: Trained) -> None:
         "metrics.jsonl",
         "checkpoint-3",
         "hf",
+        "loss.png",
+        "README.md",
     }
+    assert (trained.out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    card = (trained.out / "README.md").read_text(encoding="utf-8")
+    for part in (
+        "base_model:",
+        "braid sft",
+        "Training loss",
+        "Evaluation loss",
+        "from_pretrained",
+        "megatron-core",
+    ):
+        assert part in card, part
     assert [path.name for path in trained.out.glob("*checkpoint*")] == ["checkpoint-3"]
     assert not [path for path in everything_in(trained.out) if "partial" in path]
 
