@@ -9,6 +9,7 @@ CPU. Nothing of this is touched on the CUDA platform.
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -107,11 +108,15 @@ def _silence_import_chatter() -> None:
         ".*[Tt]ransformer[_ ][Ee]ngine.*",
         ".*is deprecated.*",
         ".*nvidia-resiliency.*",
+        ".*experimental and still under active development.*",
+        # A converted checkpoint's metadata is read before there is a process group, on purpose.
+        ".*torch.distributed is disabled, unavailable or uninitialized.*",
         # Megatron asks views of its gradient buffer whether they have a gradient.
         ".*grad attribute of a Tensor that is not a leaf.*",
     )
     for pattern in patterns:
         warnings.filterwarnings("ignore", message=pattern)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # a CUDA build on a CPU
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
 

@@ -198,7 +198,7 @@ def test_a_resumed_run_exports_anew(continued: Trained, trained: Trained) -> Non
     ("damage", "named"),
     [
         (lambda c: (c / "__0_0.distcp").unlink(), ("__0_0.distcp does not exist",)),
-        (lambda c: os.truncate(c / "__0_1.distcp", 1000), ("__0_1.distcp is truncated",)),
+        (lambda c: os.truncate(c / "__0_0.distcp", 1000), ("__0_0.distcp is truncated",)),
         (lambda c: (c / ".metadata").write_bytes(b"rubbish"), (".metadata is damaged",)),
         (lambda c: (c / "trainer_state.json").write_text("{"), ("trainer_state.json cannot be read",)),
     ],
