@@ -108,6 +108,7 @@ def _silence_import_chatter() -> None:
         ".*[Tt]ransformer[_ ][Ee]ngine.*",
         ".*is deprecated.*",
         ".*nvidia-resiliency.*",
+        ".*argument order of load has been changed.*",
         ".*experimental and still under active development.*",
         # A converted checkpoint's metadata is read before there is a process group, on purpose.
         ".*torch.distributed is disabled, unavailable or uninitialized.*",

@@ -69,8 +69,8 @@ def build_optimizer(
         "fp16": dtype == torch.float16,
         "params_dtype": dtype,
         "log_num_zeros_in_grad": False,
-        # float16: losses are summed over tokens, not averaged, so gradients are far from underflow; Megatron's
-        # 2**32 would overflow, and leave out, the first two dozen updates.
+        # float16: losses are summed over tokens, not averaged, so gradients are far from underflow;
+        # Megatron's 2**32 would overflow, and leave out, the first two dozen updates.
         "initial_loss_scale": 2.0**8,
     }
     config = OptimizerConfig(**mcore.known_fields(OptimizerConfig, values))
