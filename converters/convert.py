@@ -59,7 +59,8 @@ def to_mcore(
     total = 0
     with staged_directory(output_dir) as stage:
         check_free_space(
-            stage, sum(_elements(w) * dtypes[stacked_key(w.name).key].itemsize for w in weights.values())
+            stage.parent,
+            sum(_elements(w) * dtypes[stacked_key(w.name).key].itemsize for w in weights.values()),
         )
         write_companions(model_dir, stage, source=source)
         with DistWriter(stage, num_layers=spec.num_layers) as writer:
@@ -113,7 +114,7 @@ def to_hf(
     plan = _hf_plan(reader, weights, source, dtype)
     total = sum(tensor.nbytes for tensor in plan.values())
     with staged_directory(output_dir) as stage:
-        check_free_space(stage, total)
+        check_free_space(stage.parent, total)
         copy_companions(companions, stage, error=CheckpointError)
         _set_config_dtype(stage / "config.json", {tensor.dtype for tensor in plan.values()})
         with HfWriter(stage, list(plan.values()), max_shard_size=max_shard_size) as writer:

@@ -123,15 +123,15 @@ def write_json(path: Path, value: Any) -> None:
     fsync(path)
 
 
-def check_free_space(directory: Path, needed: int) -> None:
+def check_free_space(directory: Path, needed: int, *, what: str = "the output", remedy: str = "") -> None:
     """Raise OutputError when the file system has less than `needed` bytes left: better now than after an
-    hour.
+    hour. `what` needs them; `remedy` is what else the user can do.
     """
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OutputError(
-            f"disk full: {directory.parent} has {free / 1e9:.2f} GB free, "
-            f"{needed / 1e9:.2f} GB are needed; make room"
+            f"disk full: {directory} has {free / 1e9:.3f} GB free, {what} needs {needed / 1e9:.3f} GB; "
+            f"make room{remedy}"
         )
 
 

@@ -1,7 +1,6 @@
 """Room on the disk: whether a run can finish on it, and one clear line where it fills up all the same."""
 
 import errno
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +13,12 @@ _OPTIMIZER_BYTES = 12
 
 def check_room(output_dir: Path, *, num_parameters: int, weight_bytes: int) -> None:
     """Raise OutputError unless one checkpoint and one export fit: the least that every run writes."""
+    from converters.files import check_free_space
+
     place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     needed = num_parameters * (2 * weight_bytes + _OPTIMIZER_BYTES)
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise OutputError(
-            f"disk full: {place} has {free / 1e9:.3f} GB free, a checkpoint and the export of this model "
-            f"need {needed / 1e9:.3f} GB; make room or choose another output_dir"
-        )
+    what = "a checkpoint of this model with its export"
+    check_free_space(place, needed, what=what, remedy=" or choose another output_dir")
 
 
 @contextmanager

@@ -31,9 +31,6 @@ class Blueprint:
     """A run whose settings fit each other and the model."""
 
     config: SftConfig
-    given: frozenset[str]
-    """Options that somebody set."""
-
     spec: ModelSpec
     layout: ParallelLayout
     shape: BatchShape
@@ -47,8 +44,7 @@ class Blueprint:
         return "\n".join(
             [
                 f"model: {self.model_dir} ({spec.architecture}, {spec.num_parameters() / 1e6:,.1f} M "
-                f"parameters, "
-                f"{spec.num_layers} layers)",
+                f"parameters, {spec.num_layers} layers)",
                 f"layout: {self.layout.summary()}",
                 self.layout.grid(),
             ]
@@ -60,22 +56,20 @@ def sft(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print("usage: braid sft [--config FILE.yaml] [--flag value ...]\n" + help_text(SftConfig))
         return 0
-    config, given = parse(SftConfig, argv, launch_environment())
+    config, _ = parse(SftConfig, argv, launch_environment())
     world = find_world(config.launch)
     # args.yaml records the processes that really run, whoever started them.
     config.launch.nproc_per_node, config.launch.nnodes = world.local_size, world.size // world.local_size
     if config.run.dry_run:
-        return _dry_run(draw(config, given, world)) if world.rank == 0 else 0
+        return _dry_run(draw(config, world)) if world.rank == 0 else 0
     if world.started or world.size == 1:
         place: list[str] = []
-        return run_worker(
-            world, lambda: _worker(config, given, world, place), lambda: place[0] if place else ""
-        )
-    check_files(draw(config, given, world))
+        return run_worker(world, lambda: _worker(config, world, place), lambda: place[0] if place else "")
+    check_files(draw(config, world))
     return start_processes(config.launch, world, ["sft", *argv])
 
 
-def draw(config: SftConfig, given: set[str], world: World) -> Blueprint:
+def draw(config: SftConfig, world: World) -> Blueprint:
     """Check all settings against each other and the model. Raises UserError; imports neither torch nor
     Megatron.
     """
@@ -103,7 +97,6 @@ def draw(config: SftConfig, given: set[str], world: World) -> Blueprint:
     layout.check_micro_batches(shape.accumulation)
     return Blueprint(
         config=config,
-        given=frozenset(given),
         spec=spec,
         layout=layout,
         shape=shape,
@@ -233,11 +226,11 @@ def _dry_run(blueprint: Blueprint) -> int:
     return 0
 
 
-def _worker(config: SftConfig, given: set[str], world: World, place: list[str]) -> None:
+def _worker(config: SftConfig, world: World, place: list[str]) -> None:
     """One rank's whole run. `place` receives the rank's grid coordinates once they are known, for error
     messages.
     """
-    blueprint = draw(config, given, world)
+    blueprint = draw(config, world)
     open_world(world)
     if world.rank == 0:
         check_files(blueprint)
@@ -374,8 +367,7 @@ def _announce(blueprint: Blueprint, data: "PreparedData", plan: "BatchPlan") -> 
         if asked is not None and asked != blueprint.shape.accumulation:
             print(
                 f"gradient_accumulation_steps {asked} becomes {blueprint.shape.accumulation}: the run keeps "
-                f"its global "
-                f"batch of {blueprint.shape.global_batch_size} rows"
+                f"its global batch of {blueprint.shape.global_batch_size} rows"
             )
 
 

@@ -20,7 +20,7 @@ from engine.training.metrics import MetricsLog, Throughput, step_line
 from engine.training.optimizer import set_learning_rate
 from engine.training.resume import TrainerState
 from engine.training.schedule import LearningRate
-from engine.training.step import StepTotals, evaluate, global_totals, train_step
+from engine.training.step import evaluate, global_totals, train_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Trainer:
     def fit(self, resume: Path | None) -> Path:
         """Train to the last step, from `resume` if given; returns the last checkpoint."""
         run, plan = self.config.run, self.train_data.plan
-        state = self._initial_state()
+        state = self._state_at(step=0, tokens=0)
         if resume is not None:
             TrainerState.read(resume).check_same_run(state, resume)
             state = load_checkpoint(resume, self.models, self.optimizer, self.groups)
@@ -60,7 +60,9 @@ class Trainer:
             learning_rate = self.schedule(batch.step)
             set_learning_rate(self.optimizer, learning_rate, self.config.optimizer.weight_decay)
             result = train_step(self.models, self.optimizer, batch.micro_batches, self.platform.device)
-            totals = self._totals(result.losses, batch.micro_batches)
+            totals = global_totals(
+                result.losses, result.micro_batches, self.spec, self.groups, self.platform.device
+            )
             tokens += totals.tokens
             speed.add(totals)
             if not result.updated and self.groups.rank == 0:
@@ -90,9 +92,6 @@ class Trainer:
             return False
         return step == self.train_data.plan.total_steps or bool(every and step % every == 0)
 
-    def _totals(self, losses: Any, micro_batches: Any) -> StepTotals:
-        return global_totals(losses, micro_batches, self.spec, self.groups, self.platform.device)
-
     def _evaluate(self, step: int, log: MetricsLog) -> None:
         assert self.eval_data is not None
         with parameters_gathered(self.models):
@@ -107,7 +106,7 @@ class Trainer:
         log.write(record, f"step {step}  eval loss {totals.loss:.4f}")
 
     def _save(self, step: int, tokens: int) -> Path:
-        state = self._initial_state(step=step, tokens=tokens)
+        state = self._state_at(step=step, tokens=tokens)
         with parameters_gathered(self.models):
             return save_checkpoint(
                 self.output_dir,
@@ -119,7 +118,7 @@ class Trainer:
                 keep=self.config.run.save_total_limit,
             )
 
-    def _initial_state(self, *, step: int = 0, tokens: int = 0) -> TrainerState:
+    def _state_at(self, *, step: int, tokens: int) -> TrainerState:
         plan = self.train_data.plan
         return TrainerState(
             step=step,

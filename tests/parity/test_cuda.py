@@ -9,13 +9,7 @@ import torch
 from converters.mapping import weight_map
 from engine.config.options import OptimizerOptions, ParallelOptions
 from engine.model.spec import load_model_spec
-from tests.parity.test_transformers import (
-    ADAM_EPSILON,
-    LAYOUTS,
-    LEARNING_RATES,
-    assert_parity,
-    global_batches,
-)
+from tests.parity.test_transformers import LAYOUTS, assert_parity, train_on, train_plainly
 from tests.support.models import MODELS, save_tiny_model
 from tests.support.reference import train_reference
 from tests.support.training import merge, random_rows, train_layout
@@ -39,17 +33,8 @@ def test_layout_equals_transformers_over_nccl(
     if world_size > gpus.size:
         pytest.skip(f"{layout} needs {world_size} GPUs, {gpus.size} are here")
     directory = save_tiny_model(model, tmp_path / "model", num_hidden_layers=layers)
-    results = gpus.run(
-        train_layout,
-        world_size,
-        model_dir=str(directory),
-        parallel=parallel,
-        optimizer=OptimizerOptions(adam_epsilon=ADAM_EPSILON),
-        steps=global_batches(directory),
-        learning_rates=LEARNING_RATES,
-    )
-    reference = train_reference(str(directory), global_batches(directory), LEARNING_RATES, eps=ADAM_EPSILON)
-    assert_parity(results, reference, directory)
+    results = train_on(gpus, world_size, directory, parallel)
+    assert_parity(results, train_plainly(directory), directory)
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ steps.
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,12 +70,38 @@ def global_batches(model_dir: Path) -> list[list]:
     ]
 
 
+def train_on(
+    pool: WorkerPool,
+    world_size: int,
+    directory: Path,
+    parallel: ParallelOptions,
+    *,
+    optimizer: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> list[LayoutResult]:
+    """The three steps under a layout; `optimizer` and `changes` are what differs from the plain run."""
+    return pool.run(
+        train_layout,
+        world_size,
+        model_dir=str(directory),
+        parallel=parallel,
+        optimizer=OptimizerOptions(adam_epsilon=ADAM_EPSILON, **(optimizer or {})),
+        steps=global_batches(directory),
+        learning_rates=LEARNING_RATES,
+        **changes,
+    )
+
+
+def train_plainly(directory: Path) -> Reference:
+    """The same three steps by transformers and torch."""
+    return train_reference(str(directory), global_batches(directory), LEARNING_RATES, eps=ADAM_EPSILON)
+
+
 @pytest.fixture(scope="module")
 def reference(models):
     @cache
     def run(name: str, layers: int) -> Reference:
-        directory = models(name, layers)
-        return train_reference(str(directory), global_batches(directory), LEARNING_RATES, eps=ADAM_EPSILON)
+        return train_plainly(models(name, layers))
 
     return run
 
@@ -135,13 +162,5 @@ def check_copies(results: list[LayoutResult]) -> None:
 def test_layout_equals_transformers(workers: WorkerPool, models, reference, model: str, layout: str) -> None:
     world_size, parallel, layers = LAYOUTS[layout]
     directory = models(model, layers)
-    results = workers.run(
-        train_layout,
-        world_size,
-        model_dir=str(directory),
-        parallel=parallel,
-        optimizer=OptimizerOptions(adam_epsilon=ADAM_EPSILON),
-        steps=global_batches(directory),
-        learning_rates=LEARNING_RATES,
-    )
+    results = train_on(workers, world_size, directory, parallel)
     assert_parity(results, reference(model, layers), directory)

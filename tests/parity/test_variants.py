@@ -10,17 +10,12 @@ import pytest
 import torch
 
 from converters.mapping import weight_map
-from engine.config.options import OptimizerOptions, ParallelOptions, RecomputeOptions
+from engine.config.options import ParallelOptions, RecomputeOptions
 from engine.model.spec import load_model_spec
-from tests.parity.test_transformers import (
-    ADAM_EPSILON,
-    LEARNING_RATES,
-    assert_parity,
-    global_batches,
-)
+from tests.parity.test_transformers import assert_parity, train_on, train_plainly
 from tests.support.models import save_tiny_model
-from tests.support.reference import Reference, train_reference
-from tests.support.training import merge, train_layout
+from tests.support.reference import Reference
+from tests.support.training import LayoutResult, merge
 from tests.support.workers import WorkerPool
 
 VARIANTS: Mapping[str, dict[str, Any]] = {
@@ -45,21 +40,12 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(model_dir: Path) -> Reference:
-    return train_reference(str(model_dir), global_batches(model_dir), LEARNING_RATES, eps=ADAM_EPSILON)
+    return train_plainly(model_dir)
 
 
-def train(workers: WorkerPool, model_dir: Path, world_size: int, **changes: Any) -> list:
+def train(workers: WorkerPool, model_dir: Path, world_size: int, **changes: Any) -> list[LayoutResult]:
     parallel = {"pipeline_model_parallel_size": 2, **changes.pop("parallel", {})}
-    return workers.run(
-        train_layout,
-        world_size,
-        model_dir=str(model_dir),
-        parallel=ParallelOptions(**parallel),
-        optimizer=OptimizerOptions(adam_epsilon=ADAM_EPSILON, **changes.pop("optimizer", {})),
-        steps=global_batches(model_dir),
-        learning_rates=LEARNING_RATES,
-        **changes,
-    )
+    return train_on(workers, world_size, model_dir, ParallelOptions(**parallel), **changes)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -90,8 +76,7 @@ def test_variant_equals_transformers(
 )
 def test_rope_scaling_equals_transformers(workers: WorkerPool, rope: dict[str, Any], tmp_path: Path) -> None:
     directory = save_tiny_model("qwen2_untied", tmp_path / "model", rope_parameters=rope)
-    expected = train_reference(str(directory), global_batches(directory), LEARNING_RATES, eps=ADAM_EPSILON)
-    assert_parity(train(workers, directory, 2), expected, directory)
+    assert_parity(train(workers, directory, 2), train_plainly(directory), directory)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -244,9 +244,9 @@ def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
     from launch.processes import World
     from launch.sft import draw, prepare_here, share_data, train
 
-    config, given = parse(SftConfig, argv)
+    config, _ = parse(SftConfig, argv)
     world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, started=True)
-    blueprint = draw(config, given, world)
+    blueprint = draw(config, world)
     platform = open_platform(device="cpu", dtype="float32", transformer_impl="torch", local_rank=rank)
     data = prepare_here(blueprint, world)
     groups = mcore.initialize(blueprint.layout, platform, seed=config.run.seed)
