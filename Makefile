@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench pictures clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -28,6 +28,10 @@ lint: setup
 # A training step against the same step written with transformers and torch, one process, CPU.
 bench: setup
 	$(RUN)/python -m tests.bench.step
+
+# docs/terminal.svg and docs/loss.png, taken from a run of about a minute on a CPU.
+pictures: setup
+	$(RUN)/python -m launch.pictures
 
 clean:
 	rm -rf $(VENV) build *.egg-info

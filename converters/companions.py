@@ -7,7 +7,7 @@ converter knows of the source. The training engine calls `write_companions` for 
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class SourceInfo:
     """Embeddings are tied, but the source stored `lm_head.weight` all the same; an export does so again."""
     hf_dtypes: Mapping[str, str] | None
     """dtype by Hugging Face name where the source mixes them and the conversion kept them; otherwise None."""
+    adapter_dtype: str | None = None
+    """In a checkpoint of LoRA adapters, the dtype of the adapter that it came from."""
 
 
 def describe_source(model_dir: str | Path, *, keep_dtypes: bool = False) -> SourceInfo:
@@ -59,14 +61,18 @@ def describe_source(model_dir: str | Path, *, keep_dtypes: bool = False) -> Sour
 
 
 def write_companions(
-    model_dir: str | Path, checkpoint_dir: str | Path, *, source: SourceInfo | None = None
+    model_dir: str | Path,
+    checkpoint_dir: str | Path,
+    *,
+    source: SourceInfo | None = None,
+    adapter_dtype: str | None = None,
 ) -> SourceInfo:
     """Put `hf_companions/` and `braid.json` into a Megatron checkpoint directory, which exists.
 
     Call it on one rank. Repeating it replaces the files. Raises ModelError for what is wrong with
     `model_dir`.
     """
-    info = source or describe_source(model_dir)
+    info = replace(source or describe_source(model_dir), adapter_dtype=adapter_dtype)
     target = Path(checkpoint_dir) / COMPANIONS_DIR
     target.mkdir(exist_ok=True)
     copy_companions(model_dir, target, error=ModelError)
@@ -102,12 +108,16 @@ def _source_info(path: Path, value: Mapping[str, Any]) -> SourceInfo:
     names = {dtype_name(dtype) for dtype in WEIGHT_DTYPES}
     if dtypes is not None and not (isinstance(dtypes, dict) and set(map(str, dtypes.values())) <= names):
         raise CheckpointError(f"{path}: hf_dtypes must map tensor names to {', '.join(sorted(names))}")
+    adapter_dtype = value.get("adapter_dtype")
+    if adapter_dtype is not None and adapter_dtype not in names:
+        raise CheckpointError(f"{path}: adapter_dtype must be one of {', '.join(sorted(names))}")
     return SourceInfo(
         architecture=str(value.get("architecture")),
         dtype=value.get("dtype"),
         tied_embeddings=bool(value.get("tied_embeddings")),
         lm_head_copy=bool(value.get("lm_head_copy")),
         hf_dtypes=dtypes,
+        adapter_dtype=adapter_dtype,
     )
 
 

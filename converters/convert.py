@@ -40,6 +40,14 @@ class ConvertReport:
     """Bytes of tensor data."""
     seconds: float
 
+    def line(self) -> str:
+        """For the terminal."""
+        rate = self.bytes / 1e9 / max(self.seconds, 1e-9)
+        return (
+            f"{self.output_dir}: {self.tensors} tensors, {self.bytes / 1e9:.3f} GB in {self.seconds:.2f} s "
+            f"({rate:.2f} GB/s)"
+        )
+
 
 def to_mcore(
     model_dir: str | Path, output_dir: str | Path, *, dtype: torch.dtype | None = None
@@ -116,7 +124,7 @@ def to_hf(
     with staged_directory(output_dir) as stage:
         check_free_space(stage.parent, total)
         copy_companions(companions, stage, error=CheckpointError)
-        _set_config_dtype(stage / "config.json", {tensor.dtype for tensor in plan.values()})
+        set_config_dtype(stage / "config.json", {tensor.dtype for tensor in plan.values()})
         with HfWriter(stage, list(plan.values()), max_shard_size=max_shard_size) as writer:
             for weight in weights.values():
                 for name, tensor in weight.to_hf(reader.read(weight.name, weight)).items():
@@ -145,7 +153,7 @@ def _hf_plan(
     return plan
 
 
-def _set_config_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
+def set_config_dtype(path: Path, dtypes: set[torch.dtype]) -> None:
     """Let config.json name the dtype that was written, for transformers loads a model in it.
 
     The file stays as it is, byte by byte, if it agrees or if the weights are of several dtypes.

@@ -224,13 +224,15 @@ class _Window(io.RawIOBase):
         return len(part)
 
 
-def surplus_names(reader: DistReader, weights: Mapping[str, Weight]) -> list[str]:
+def surplus_names(
+    reader: DistReader, weights: Mapping[str, Weight], *, prefixes: tuple[str, ...] = MODEL_PREFIXES
+) -> list[str]:
     """Tensors of the checkpoint's model that the map does not have, layers of stacked keys by their index."""
     wanted = {stacked_key(name).key for name in weights} | set(weights)
     layers = {place.layer for place in map(stacked_key, weights) if place.layer is not None}
     names = []
     for key, tensor in reader.tensors.items():
-        if not key.startswith(MODEL_PREFIXES) or "._extra_state" in key:
+        if not key.startswith(prefixes) or "._extra_state" in key:
             continue
         if key not in wanted:
             names.append(key)
@@ -240,16 +242,18 @@ def surplus_names(reader: DistReader, weights: Mapping[str, Weight]) -> list[str
     return names
 
 
-def check_checkpoint(reader: DistReader, weights: Mapping[str, Weight]) -> None:
-    """Raise CheckpointError unless the model's part of the checkpoint is exactly the map, in names and
-    shapes.
+def check_checkpoint(
+    reader: DistReader, weights: Mapping[str, Weight], *, prefixes: tuple[str, ...] = MODEL_PREFIXES
+) -> None:
+    """Raise CheckpointError unless the keys of the checkpoint that start with `prefixes` are exactly the map,
+    in names and shapes.
     """
     for name, weight in weights.items():
         reader.check_shape(name, weight)
-    if surplus := surplus_names(reader, weights):
+    if surplus := surplus_names(reader, weights, prefixes=prefixes):
         raise CheckpointError(
             f"{reader.directory}: weight {shown(surplus[0])} has no place in the model{and_more(surplus)}; "
-            f"this is a checkpoint of another model or of LoRA training"
+            f"this is a checkpoint of another model"
         )
 
 

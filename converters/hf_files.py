@@ -82,17 +82,19 @@ class HfReader:
     safetensors.
     """
 
-    def __init__(self, model_dir: str | Path) -> None:
+    def __init__(self, model_dir: str | Path, *, single_file: str = SINGLE_FILE) -> None:
         self.directory = Path(model_dir)
         if not self.directory.is_dir():
             raise ModelError(f"model directory {model_dir} does not exist; pass a Hugging Face checkpoint")
         self.tensors: dict[str, TensorInfo] = {}
-        if _present(self.directory / SINGLE_FILE):
-            self.tensors = read_header(inside(self.directory, SINGLE_FILE, error=ModelError))
+        if _present(self.directory / single_file):
+            self.tensors = read_header(inside(self.directory, single_file, error=ModelError))
+        elif single_file != SINGLE_FILE:
+            raise ModelError(_no_weights(self.directory, single_file))
         elif _present(self.directory / INDEX_FILE):
             self._read_shards()
         else:
-            raise ModelError(_no_weights(self.directory))
+            raise ModelError(_no_weights(self.directory, f"{SINGLE_FILE} nor {INDEX_FILE}"))
 
     def _read_shards(self) -> None:
         weight_map = _read_index(inside(self.directory, INDEX_FILE, error=ModelError))
@@ -153,14 +155,14 @@ def _present(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
-def _no_weights(directory: Path) -> str:
+def _no_weights(directory: Path, wanted: str) -> str:
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
     if pickles:
         return (
             f"{directory} has {shown(pickles[0])} but no safetensors; "
             f"only safetensors are read, convert it first"
         )
-    return f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; pass a complete Hugging Face checkpoint"
+    return f"{directory} has no {wanted}; pass a complete Hugging Face directory"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -274,9 +276,11 @@ def model_tensors(reader: HfReader) -> list[str]:
     return [name for name in reader.tensors if not _BUFFERS.fullmatch(name)]
 
 
-def check_weights(reader: HfReader, weights: Mapping[str, Weight]) -> None:
+def check_weights(
+    reader: HfReader, weights: Mapping[str, Weight], *, described_by: str = "config.json"
+) -> None:
     """Raise ModelError unless the checkpoint holds exactly the tensors of the map, in shape and of a float
-    dtype.
+    dtype. `described_by` is what the map was made from.
 
     Rotary `inv_freq` buffers are ignored. With tied embeddings `lm_head.weight` may be stored too, but only
     as the same bytes as the embedding: anything else is an untied model under a wrong config. Values are not
@@ -287,17 +291,17 @@ def check_weights(reader: HfReader, weights: Mapping[str, Weight]) -> None:
     if missing := [name for name in expected if name not in reader.tensors]:
         raise ModelError(
             f"{where}: weight {missing[0]} {list(expected[missing[0]].shape)} is missing{and_more(missing)}; "
-            f"the files do not fit config.json"
+            f"the files do not fit {described_by}"
         )
     if surplus := [name for name in found if name not in expected and name != LM_HEAD]:
         raise ModelError(
             f"{where}: weight {shown(surplus[0])} has no place in the model{and_more(surplus)}; "
-            f"the files do not fit config.json"
+            f"the files do not fit {described_by}"
         )
     shapes = {name: tuple(reader.tensors[name].shape) for name in expected}
     if wrong := [name for name in expected if shapes[name] != tuple(expected[name].shape)]:
         raise ModelError(
-            f"{where}: weight {wrong[0]} has shape {list(shapes[wrong[0]])}, config.json asks for "
+            f"{where}: weight {wrong[0]} has shape {list(shapes[wrong[0]])}, {described_by} asks for "
             f"{list(expected[wrong[0]].shape)}{and_more(wrong)}"
         )
     for name in expected:

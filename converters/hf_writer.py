@@ -63,6 +63,7 @@ class HfWriter:
         *,
         max_shard_size: int = DEFAULT_SHARD_SIZE,
         metadata: Mapping[str, str] | None = None,
+        single_file: str = SINGLE_FILE,
     ) -> None:
         self._directory = Path(output_dir)
         self._plan = {tensor.name: tensor for tensor in tensors}
@@ -70,7 +71,7 @@ class HfWriter:
         groups = _split(tensors, max_shard_size)
         self._shards: dict[str, _Shard] = {}
         for number, group in enumerate(groups, start=1):
-            name = SINGLE_FILE if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
+            name = single_file if len(groups) == 1 else f"model-{number:05}-of-{len(groups):05}.safetensors"
             shard = _layout(self._directory / name, group, {"format": "pt"} if metadata is None else metadata)
             self._shards |= dict.fromkeys(shard.waiting, shard)
 

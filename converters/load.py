@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from converters.adapter import PeftAdapter
 from converters.hf_files import HfReader, check_weights
 from converters.mapping import Weight, weight_map
 from engine.model.spec import ModelSpec
@@ -50,3 +51,19 @@ def local_tensors(
     """
     for name in names:
         yield name, weights[name].to_megatron(reader.read_slice, tp_rank, tp_size)
+
+
+@torch.no_grad()
+def load_adapter_weights(chunks: Sequence["BraidGPTModel"], adapter: PeftAdapter, groups: "Groups") -> None:
+    """Fill every adapter parameter of this rank's chunks from a PEFT directory."""
+    from engine.model.lora import named_adapters
+
+    for chunk, layers in zip(chunks, groups.layout.chunks_of(groups.pp_rank), strict=True):
+        for target in named_adapters(chunk, layers):
+            weight = adapter.weights[target.name]
+            whole = target.partition is None  # more ranks than query groups: B is not cut
+            part = weight.to_megatron(
+                adapter.reader.read_slice, *((0, 1) if whole else (groups.tp_rank, groups.layout.tp))
+            )
+            assert part.shape == target.parameter.shape, f"{target.name}: {part.shape}"
+            target.parameter.copy_(part)

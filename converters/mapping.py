@@ -141,7 +141,8 @@ class FusedQKV(Weight):
     """q, k and v (weights [*, H] or biases [*]) interleaved per query group: [G, (R + 2) * D, ...] flattened
     to rows.
 
-    A tensor-parallel rank holds whole groups.
+    A tensor-parallel rank holds whole groups or, where there are more ranks than groups, equal cuts of a
+    group's rows.
     """
 
     groups: int
@@ -157,6 +158,11 @@ class FusedQKV(Weight):
         return self.heads_per_group * self.head_dim, self.head_dim, self.head_dim
 
     def to_megatron(self, read: ReadSlice, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        if tp_size > self.groups:
+            ranks_per_group = tp_size // self.groups
+            group = self.to_megatron(read, tp_rank // ranks_per_group, self.groups)
+            start, stop = _part(group.shape[0], tp_rank % ranks_per_group, ranks_per_group)
+            return group[start:stop].contiguous()
         first, last = _part(self.groups, tp_rank, tp_size)
         parts = []
         for tensor, rows in zip(self.hf, self._rows(), strict=True):

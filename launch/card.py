@@ -13,6 +13,7 @@ _SETTINGS = (
     "train_type", "torch_dtype", "max_length", "learning_rate", "lr_scheduler_type", "warmup_ratio",
     "weight_decay", "max_grad_norm", "global_batch_size", "per_device_train_batch_size", "seed",
 )  # fmt: skip
+_LORA_SETTINGS = ("adapter", "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 
 
 def write_card(
@@ -22,14 +23,18 @@ def write_card(
     curve = read_curve(output_dir / "metrics.jsonl")
     draw_curve(curve, output_dir / "loss.png", title=output_dir.name)
     values = dict(options) | {"global_batch_size": global_batch_size}
+    adapter = values["train_type"] == "lora"
+    settings = _SETTINGS + (_LORA_SETTINGS if adapter else ())
     text = _CARD.format(
         front_matter=_front_matter(values),
         name=output_dir.resolve().name,
         base=values["model"],
         data="\n".join(f"- {line}" for line in data.splitlines()),
+        what="The LoRA adapter in `adapter/`, trained on" if adapter else "Fine-tuned from",
+        load=_LOAD_ADAPTER.format(base=values["model"]) if adapter else _LOAD_MODEL,
         results=_results(curve),
         layout=layout,
-        settings="\n".join(f"| {name} | {values[name]} |" for name in _SETTINGS),
+        settings="\n".join(f"| {name} | {values[name]} |" for name in settings),
         command=shlex.join(["braid", *sys.argv[1:]]),
         versions=", ".join(f"{name} {number}" for name, number in versions().items() if number),
         revision=git_revision() or "unknown",
@@ -43,9 +48,9 @@ def _front_matter(values: Mapping[str, Any]) -> str:
     facts = {
         "base_model": str(values["model"]),
         "datasets": _names(values["dataset"]),
-        "library_name": "transformers",
+        "library_name": "peft" if values["train_type"] == "lora" else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["braid", "sft", "megatron-core"],
+        "tags": ["braid", "sft", "megatron-core", *(["lora"] if values["train_type"] == "lora" else [])],
     }
     return yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)
 
@@ -75,7 +80,7 @@ _CARD = """---
 
 # {name}
 
-Fine-tuned from `{base}` by Braid on Megatron-Core.
+{what} `{base}` by Braid on Megatron-Core.
 
 {results}
 
@@ -83,14 +88,7 @@ Fine-tuned from `{base}` by Braid on Megatron-Core.
 
 ## Load
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("hf")
-model = AutoModelForCausalLM.from_pretrained("hf", dtype="auto")
-```
-
-or `vllm serve hf`.
+{load}
 
 ## Data
 
@@ -109,3 +107,24 @@ or `vllm serve hf`.
 Versions: {versions}. Revision: {revision}. Every option is in `args.yaml`, every logged step in
 `metrics.jsonl`.
 """
+
+_LOAD_MODEL = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("hf")
+model = AutoModelForCausalLM.from_pretrained("hf", dtype="auto")
+```
+
+or `vllm serve hf`."""
+
+_LOAD_ADAPTER = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(base, "adapter")
+```
+
+or `vllm serve {base} --enable-lora --lora-modules tuned=adapter`, or as one checkpoint:
+`braid merge --model {base} --adapter adapter --output_dir merged`."""

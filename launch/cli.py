@@ -13,6 +13,7 @@ USAGE = """usage: braid COMMAND [--config FILE.yaml] [--flag value ...]
 commands:
   sft       train a Hugging Face Qwen checkpoint under tensor, pipeline and data parallelism
   convert   Hugging Face checkpoint <-> Megatron checkpoint
+  merge     a base and a LoRA adapter -> one Hugging Face checkpoint; the base is not changed
   verify    prove that two checkpoints hold the same model (exit code 0: the same, 1: not)
 
 braid COMMAND --help lists a command's flags. NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT
@@ -49,11 +50,15 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from launch.convert import convert
 
         return convert
+    if name == "merge":
+        from launch.convert import merge
+
+        return merge
     if name == "verify":
         from launch.convert import verify
 
         return verify
-    raise ConfigError(f"unknown command {name!r}; commands are sft, convert, verify")
+    raise ConfigError(f"unknown command {name!r}; commands are sft, convert, merge, verify")
 
 
 def run() -> None:

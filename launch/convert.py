@@ -1,4 +1,4 @@
-"""`braid convert` and `braid verify`: flags, and the table or line that they print."""
+"""`braid convert`, `braid merge` and `braid verify`: flags, and the table or line that they print."""
 
 import json
 import os
@@ -6,12 +6,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.config.options import ParallelOptions
 from engine.config.parallel import ParallelLayout
 from engine.config.parse import help_text, parse
 from engine.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from converters.convert import ConvertReport
 
 
 @dataclass(kw_only=True)
@@ -24,8 +27,13 @@ class ConvertOptions:
     model: str | None = None
     """Hugging Face directory to read (with --to mcore)."""
 
+    adapter: str | None = None
+    """PEFT LoRA adapter of --model: converts the adapter instead of the model (with --to mcore)."""
+
     checkpoint: str | None = None
-    """Megatron checkpoint to read (with --to hf): a converted one, or checkpoint-<step> of a run."""
+    """Megatron checkpoint to read (with --to hf): a converted one, or checkpoint-<step> of a run. One of LoRA
+    adapters becomes a PEFT directory.
+    """
 
     output_dir: str | None = None
     """Directory to write; must not exist or be empty."""
@@ -44,6 +52,26 @@ class ConvertOptions:
 
     virtual_pipeline_model_parallel_size: int | None = None
     """Checked against the model; the stored checkpoint is layout-free and loads under every degree."""
+
+
+@dataclass(kw_only=True)
+class MergeOptions:
+    """Flags of `braid merge`."""
+
+    model: str | None = None
+    """Hugging Face directory of the base; it is not changed."""
+
+    adapter: str | None = None
+    """PEFT LoRA adapter of that base."""
+
+    output_dir: str | None = None
+    """Directory to write; must not exist or be empty."""
+
+    torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Cast the weights; default: as the base stores them. The sum is always taken in fp32."""
+
+    max_shard_size: str = "5GB"
+    """Largest safetensors file, as 500MB, 5GB or 5GiB."""
 
 
 @dataclass(kw_only=True)
@@ -79,20 +107,62 @@ def convert(argv: Sequence[str]) -> int:
         _check_layout(options)
         if "max_shard_size" in given:
             raise ConfigError("max_shard_size does not go with --to mcore; it is for safetensors files")
+    elif options.adapter is not None:
+        raise ConfigError("--adapter does not go with --to hf; a checkpoint knows what it holds")
+    report = _convert_adapter(options, given) or _convert_model(options)
+    print(report.line())
+    return 0
+
+
+def _convert_adapter(options: ConvertOptions, given: set[str]) -> "ConvertReport | None":
+    """Converts if what is to be converted is a LoRA adapter."""
+    from converters.adapter import adapter_to_mcore, holds_adapter, to_peft
+
+    if options.adapter is None and not (options.to == "hf" and holds_adapter(options.checkpoint or "")):
+        return None
+    for name in ("torch_dtype", "max_shard_size"):
+        if name in given:
+            raise ConfigError(
+                f"{name} does not go with a LoRA adapter, which keeps its dtype and is one file"
+            )
+    if options.adapter is None:
+        return to_peft(options.checkpoint or "", options.output_dir or "")
+    return adapter_to_mcore(options.model or "", options.adapter, options.output_dir or "")
+
+
+def _convert_model(options: ConvertOptions) -> "ConvertReport":
     from converters.convert import to_hf, to_mcore
 
-    dtype = _torch_dtype(options.torch_dtype)
+    dtype, target = _torch_dtype(options.torch_dtype), options.output_dir or ""
     if options.to == "mcore":
-        report = to_mcore(options.model or "", options.output_dir, dtype=dtype)
-    else:
-        size = _bytes(options.max_shard_size)
-        report = to_hf(options.checkpoint or "", options.output_dir, dtype=dtype, max_shard_size=size)
-    rate = report.bytes / 1e9 / max(report.seconds, 1e-9)
-    print(
-        f"{report.output_dir}: {report.tensors} tensors, {report.bytes / 1e9:.3f} GB in "
-        f"{report.seconds:.2f} s "
-        f"({rate:.2f} GB/s)"
+        return to_mcore(options.model or "", target, dtype=dtype)
+    size = _bytes(options.max_shard_size)
+    return to_hf(options.checkpoint or "", target, dtype=dtype, max_shard_size=size)
+
+
+def merge(argv: Sequence[str]) -> int:
+    """The command `braid merge`. Returns the exit code; raises UserError."""
+    if "--help" in argv or "-h" in argv:
+        print(
+            "usage: braid merge --model DIR --adapter DIR --output_dir DIR [--flag value ...]\n"
+            + help_text(MergeOptions)
+        )
+        return 0
+    options, _ = parse(MergeOptions, argv)
+    if options.model is None or options.adapter is None or options.output_dir is None:
+        raise ConfigError(
+            "merge adds --adapter DIR to --model DIR and writes --output_dir DIR; pass all three"
+        )
+    from converters.merge import merge as merge_adapter
+
+    report = merge_adapter(
+        options.model,
+        options.adapter,
+        options.output_dir,
+        dtype=_torch_dtype(options.torch_dtype),
+        max_shard_size=_bytes(options.max_shard_size),
     )
+    print(report.line())
     return 0
 
 

@@ -24,6 +24,7 @@ from engine.errors import ConfigError, UserError
 ENVIRONMENT: Mapping[str, str] = {
     name.upper(): name for name in ("nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port")
 }
+_STARTED = "BRAID_STARTED"
 _ERROR_DIR = "BRAID_ERROR_DIR"
 
 
@@ -143,9 +144,16 @@ def _format(message: str, code: int, where: str) -> str:
     return f"braid sft: error{where}: {message}" if code == 2 else f"braid sft: failed{where}:\n{message}"
 
 
-def start_processes(options: LaunchOptions, world: World, argv: Sequence[str]) -> int:
-    """Start this node's ranks with torch's elastic agent and wait for them. Returns the exit code of the
-    run.
+def command_began() -> float:
+    """time.monotonic() when the command began: a machine's processes share the clock, and the launcher hands
+    on its time.
+    """
+    return float(os.environ.get(_STARTED) or time.monotonic())
+
+
+def start_processes(options: LaunchOptions, world: World, argv: Sequence[str], *, began: float) -> int:
+    """Start this node's ranks with torch's elastic agent and wait for them. Returns the exit code of the run;
+    `began` is the time.monotonic() of the command's start.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -154,7 +162,11 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str]) -
     for name in list(logging.root.manager.loggerDict):  # torch gives each of them a level of its own
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    with tempfile.TemporaryDirectory(prefix="braid-") as folder, _environment(_ERROR_DIR, folder):
+    with (
+        tempfile.TemporaryDirectory(prefix="braid-") as folder,
+        _environment(_ERROR_DIR, folder),
+        _environment(_STARTED, repr(began)),
+    ):
         nodes = options.nnodes or 1
         single = nodes == 1
         config = LaunchConfig(

@@ -1,54 +1,31 @@
 """`braid sft`: check what can be checked, start the ranks, and on each of them put the run together."""
 
-import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.config.batch import BatchShape, resolve_batch_shape
 from engine.config.options import SftConfig
-from engine.config.parallel import ParallelLayout
 from engine.config.parse import flatten, help_text, parse
-from engine.errors import CheckpointError, ConfigError, OutputError
-from engine.model.spec import ModelSpec, load_model_spec
-from launch.disk import check_room, full_disk_named
-from launch.processes import World, find_world, launch_environment, open_world, run_worker, start_processes
+from launch.blueprint import Blueprint, check_files, draw, plan_batches
+from launch.disk import full_disk_named
+from launch.processes import (
+    World,
+    find_world,
+    launch_environment,
+    open_world,
+    run_worker,
+    start_processes,
+)
 
 if TYPE_CHECKING:
     from engine.data.batches import BatchPlan
     from engine.data.prepare import PreparedData
+    from engine.model.provider import BraidGPTModel
     from engine.runtime.mcore import Groups
 
-_STARTED = time.monotonic()
 _DISTRIBUTED_TIMEOUT_MINUTES = 60
-REPORTERS = ("tensorboard", "none")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Blueprint:
-    """A run whose settings fit each other and the model."""
-
-    config: SftConfig
-    spec: ModelSpec
-    layout: ParallelLayout
-    shape: BatchShape
-    model_dir: Path
-    output_dir: Path
-    resume: Path | None
-
-    def summary(self) -> str:
-        """The model and how ranks are laid out."""
-        spec = self.spec
-        return "\n".join(
-            [
-                f"model: {self.model_dir} ({spec.architecture}, {spec.num_parameters() / 1e6:,.1f} M "
-                f"parameters, {spec.num_layers} layers)",
-                f"layout: {self.layout.summary()}",
-                self.layout.grid(),
-            ]
-        )
 
 
 def sft(argv: Sequence[str]) -> int:
@@ -56,6 +33,7 @@ def sft(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print("usage: braid sft [--config FILE.yaml] [--flag value ...]\n" + help_text(SftConfig))
         return 0
+    began = time.monotonic()
     config, _ = parse(SftConfig, argv, launch_environment())
     world = find_world(config.launch)
     # args.yaml records the processes that really run, whoever started them.
@@ -66,149 +44,7 @@ def sft(argv: Sequence[str]) -> int:
         place: list[str] = []
         return run_worker(world, lambda: _worker(config, world, place), lambda: place[0] if place else "")
     check_files(draw(config, world))
-    return start_processes(config.launch, world, ["sft", *argv])
-
-
-def draw(config: SftConfig, world: World) -> Blueprint:
-    """Check all settings against each other and the model. Raises UserError; imports neither torch nor
-    Megatron.
-    """
-    from engine.data.prepare import check_options
-    from engine.training.resume import TrainerState, resolve_resume
-
-    run, options = config.run, config.model
-    if options.model is None:
-        raise ConfigError("no model given; pass --model DIR")
-    if run.output_dir is None:
-        raise ConfigError("no output directory given; pass --output_dir DIR")
-    _refuse_unbuilt(config)
-    _check_ranges(config)
-    check_options(config.data)
-    spec = load_model_spec(options.model)
-    layout = ParallelLayout.resolve(config.parallel, num_layers=spec.num_layers, world_size=world.size)
-    spec.check_tensor_parallel(layout.tp)
-    output_dir = Path(run.output_dir)
-    resume = resolve_resume(run.resume_from_checkpoint, output_dir)
-    shape = resolve_batch_shape(
-        config.batch,
-        data_parallel_size=layout.dp,
-        resumed_global_batch_size=TrainerState.read(resume).global_batch_size if resume else None,
-    )
-    layout.check_micro_batches(shape.accumulation)
-    return Blueprint(
-        config=config,
-        spec=spec,
-        layout=layout,
-        shape=shape,
-        model_dir=Path(options.model),
-        output_dir=output_dir,
-        resume=resume,
-    )
-
-
-def _refuse_unbuilt(config: SftConfig) -> None:
-    if config.model.train_type != "full":
-        raise ConfigError("train_type lora is not available in this version; use --train_type full")
-    if config.run.async_save:
-        raise ConfigError("async_save is not available in this version; leave it out")
-    unknown = [name for name in config.run.report_to if name not in REPORTERS]
-    if unknown:
-        raise ConfigError(f"report_to {unknown[0]!r} is not available; choose from {', '.join(REPORTERS)}")
-
-
-def _check_ranges(config: SftConfig) -> None:
-    values = flatten(config)
-    for name in ("logging_steps", "save_steps", "eval_steps", "save_total_limit", "max_steps"):
-        if values[name] is not None and values[name] < 1:
-            raise ConfigError(f"{name} must be at least 1, not {values[name]}")
-    for name in ("learning_rate", "min_lr", "weight_decay", "max_grad_norm"):
-        if values[name] < 0:
-            raise ConfigError(f"{name} must not be negative, not {values[name]}")
-    for name in ("num_train_epochs", "adam_epsilon"):
-        if values[name] <= 0:
-            raise ConfigError(f"{name} must be positive, not {values[name]}")
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= values[name] < 1:
-            raise ConfigError(f"{name} must be in [0, 1), not {values[name]}")
-    if not 0 <= values["warmup_ratio"] <= 1:
-        raise ConfigError(f"warmup_ratio must be in [0, 1], not {values['warmup_ratio']}")
-    if not 0 <= values["seed"] < 2**32:
-        raise ConfigError(f"seed must be in [0, 2**32), not {values['seed']}")
-
-
-def check_files(blueprint: Blueprint) -> None:
-    """Check what lies on disk before any rank starts or anything is written. Of weights only the headers are
-    read.
-    """
-    check_output_dir(blueprint)
-    options = blueprint.config.model
-    in_fp32 = options.torch_dtype == "float32" or (options.torch_dtype is None and options.device != "cuda")
-    check_room(
-        blueprint.output_dir, num_parameters=blueprint.spec.num_parameters(), weight_bytes=4 if in_fp32 else 2
-    )
-    if blueprint.resume is not None:
-        _check_checkpoint(blueprint.resume, blueprint.spec)
-    else:
-        from converters.hf_files import HfReader, check_weights
-        from converters.mapping import weight_map
-
-        check_weights(HfReader(blueprint.model_dir), weight_map(blueprint.spec))
-
-
-def _check_checkpoint(checkpoint: Path, spec: ModelSpec) -> None:
-    """Raise CheckpointError if it is of another model, or one of its files is missing or cut off."""
-    from converters.dist_ckpt import DistReader, check_checkpoint
-    from converters.files import inside
-    from converters.mapping import weight_map
-
-    reader = DistReader(checkpoint)
-    check_checkpoint(reader, weight_map(spec))
-    ends: dict[str, int] = {}
-    for chunk in (chunk for tensor in reader.tensors.values() for chunk in tensor.chunks):
-        ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
-    for file, end in ends.items():
-        path = inside(checkpoint, file, error=CheckpointError)
-        size = path.stat().st_size
-        if size < end:
-            raise CheckpointError(
-                f"{path} is truncated: it has {size} bytes of {end}; resume from another checkpoint"
-            )
-
-
-def check_output_dir(blueprint: Blueprint) -> None:
-    """Raise OutputError if another run's files would be mixed with this one's, or nothing can be written."""
-    directory = blueprint.output_dir
-    if directory.exists() and not directory.is_dir():
-        raise OutputError(f"output_dir {directory} is a file; choose a directory")
-    # `auto` starts afresh in a directory of a run that left no checkpoint, but not among foreign files.
-    auto = blueprint.config.run.resume_from_checkpoint is not None and (directory / "args.yaml").is_file()
-    if blueprint.resume is None and not auto and directory.is_dir() and any(directory.iterdir()):
-        raise OutputError(
-            f"output_dir {directory} is in use; choose another, empty it, or pass --resume_from_checkpoint "
-            f"auto"
-        )
-    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not parent.is_dir():
-        raise OutputError(f"output_dir {directory} cannot be made: {parent} is a file")
-    if not os.access(parent, os.W_OK):
-        raise OutputError(f"output_dir {directory} cannot be written: no permission in {parent}")
-
-
-def plan_batches(blueprint: Blueprint, num_rows: int) -> "BatchPlan":
-    """How the rows of the training set become steps under the run's layout."""
-    from engine.data.batches import BatchPlan
-
-    batch = blueprint.config.batch
-    return BatchPlan(
-        num_rows=num_rows,
-        global_batch_size=blueprint.shape.global_batch_size,
-        micro_batch_size=blueprint.shape.micro_batch_size,
-        data_parallel_size=blueprint.layout.dp,
-        accumulation=blueprint.shape.accumulation,
-        num_train_epochs=batch.num_train_epochs,
-        max_steps=batch.max_steps,
-        seed=blueprint.config.run.seed,
-    )
+    return start_processes(config.launch, world, ["sft", *argv], began=began)
 
 
 def _dry_run(blueprint: Blueprint) -> int:
@@ -297,8 +133,6 @@ def share_data(data: "PreparedData | None", blueprint: Blueprint) -> "PreparedDa
 
 def train(blueprint: Blueprint, platform: Any, groups: "Groups", data: "PreparedData") -> Path:
     """Put the run together and train; returns the last checkpoint."""
-    from converters.companions import write_companions
-    from converters.load import load_model_weights
     from engine.data.batches import evaluation_plan
     from engine.data.loader import Loader
     from engine.data.prepare import PAD_ID
@@ -307,13 +141,12 @@ def train(blueprint: Blueprint, platform: Any, groups: "Groups", data: "Prepared
     from engine.training.optimizer import build_optimizer, wrap_data_parallel
     from engine.training.schedule import LearningRate
 
-    config, spec, layout = blueprint.config, blueprint.spec, blueprint.layout
+    config, spec, layout, lora = blueprint.config, blueprint.spec, blueprint.layout, blueprint.lora
     plan = plan_batches(blueprint, len(data.train))
     if groups.rank == 0:
         _announce(blueprint, data, plan)
-    chunks = build_chunks(spec, layout, platform, config.recompute, groups)
-    if blueprint.resume is None:
-        load_model_weights(chunks, blueprint.model_dir, spec, groups)
+    chunks = build_chunks(spec, layout, platform, config.recompute, groups, lora)
+    load_weights(chunks, blueprint, groups)
     models = wrap_data_parallel(chunks, config.optimizer, groups)
     optimizer = build_optimizer(models, config.optimizer, groups, platform.dtype)
 
@@ -338,7 +171,9 @@ def train(blueprint: Blueprint, platform: Any, groups: "Groups", data: "Prepared
         eval_data = loader(data.evaluation, eval_plan)
     trainer = Trainer(
         config=config,
-        spec=spec,
+        flops_per_token=partial(
+            spec.train_flops_per_token, adapter_parameters=lora.num_parameters(spec) if lora else None
+        ),
         platform=platform,
         groups=groups,
         models=models,
@@ -347,10 +182,44 @@ def train(blueprint: Blueprint, platform: Any, groups: "Groups", data: "Prepared
         train_data=loader(data.train, plan),
         eval_data=eval_data,
         output_dir=blueprint.output_dir,
-        add_companions=lambda directory: write_companions(blueprint.model_dir, directory),
-        started=_STARTED,
+        add_companions=_companions(blueprint),
+        started=blueprint.started,
     )
     return trainer.fit(blueprint.resume)
+
+
+def load_weights(chunks: Sequence["BraidGPTModel"], blueprint: Blueprint, groups: "Groups") -> None:
+    """What the chunks start from, as far as no checkpoint brings it."""
+    from converters.adapter import open_adapter
+    from converters.load import load_adapter_weights, load_model_weights
+    from engine.model.lora import initialize_adapters
+
+    fresh, lora, spec = blueprint.resume is None, blueprint.lora, blueprint.spec
+    if fresh or lora is not None:
+        load_model_weights(chunks, blueprint.model_dir, spec, groups)
+    if fresh and lora is not None:
+        adapter_dir = blueprint.config.lora.adapter
+        if adapter_dir is not None:
+            load_adapter_weights(chunks, open_adapter(adapter_dir, spec), groups)
+        else:
+            initialize_adapters(chunks, seed=blueprint.config.run.seed, groups=groups)
+
+
+def _companions(blueprint: Blueprint) -> Callable[[Path], Any]:
+    """Adds to a checkpoint what its export needs."""
+    from converters.adapter import new_adapter_config, open_adapter, write_adapter_companions
+    from converters.companions import write_companions
+
+    model_dir, lora = blueprint.model_dir, blueprint.lora
+    if lora is None:
+        return lambda directory: write_companions(model_dir, directory)
+    import torch
+
+    config, dtype = new_adapter_config(lora, str(model_dir)), torch.float32
+    if blueprint.config.lora.adapter is not None:
+        adapter = open_adapter(blueprint.config.lora.adapter, blueprint.spec)
+        config, dtype = adapter.config(), adapter.dtype()
+    return lambda directory: write_adapter_companions(model_dir, directory, config=config, dtype=dtype)
 
 
 def _announce(blueprint: Blueprint, data: "PreparedData", plan: "BatchPlan") -> None:
@@ -372,16 +241,17 @@ def _announce(blueprint: Blueprint, data: "PreparedData", plan: "BatchPlan") -> 
 
 
 def _export(checkpoint: Path, blueprint: Blueprint, data: "PreparedData") -> None:
-    """Write `hf/`, and the card and curve that describe it."""
+    """Write `hf/` or `adapter/`, and the card and curve that describe it."""
     import shutil
 
+    from converters.adapter import to_peft
     from converters.convert import to_hf
     from launch.card import write_card
 
-    target = blueprint.output_dir / "hf"
+    target = blueprint.output_dir / ("hf" if blueprint.lora is None else "adapter")
     # An earlier export of a resumed run is replaced, never mixed.
     shutil.rmtree(target, ignore_errors=True)
-    report = to_hf(checkpoint, target)
+    report = (to_hf if blueprint.lora is None else to_peft)(checkpoint, target)
     print(f"exported {report.tensors} tensors, {report.bytes / 2**30:.2f} GiB, to {target}", flush=True)
     write_card(
         blueprint.output_dir,

@@ -67,6 +67,9 @@ def build_tiny_qwen3(directory: Path, *, seed: int = 0, **overrides: int) -> Pat
     config = Qwen3Config(**(shape | overrides), tie_word_embeddings=False, bos_token_id=None, eos_token_id=2)
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        # LoRA leaves the head as it is, and through one of random weights this small no token can stand out.
+        model.lm_head.weight.mul_(5.0)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(str(directory))
     return directory

@@ -157,7 +157,9 @@ def test_data_and_mapping_import_without_megatron() -> None:
     assert "megatron" not in loaded
 
 
-@pytest.mark.parametrize("command", ["--help", "sft --help", "convert --help", "verify --help"])
+@pytest.mark.parametrize(
+    "command", ["--help", "sft --help", "convert --help", "merge --help", "verify --help"]
+)
 def test_help_answers_without_heavy_imports(command: str) -> None:
     loaded = loaded_after(f"from launch.cli import main\nassert main({command.split()}) == 0")
     assert "launch" in loaded

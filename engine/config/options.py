@@ -33,6 +33,37 @@ class ModelOptions:
 
 
 @dataclass(kw_only=True)
+class LoraOptions:
+    """The adapter of train_type lora; words and meaning are PEFT's."""
+
+    adapter: str | None = None
+    """Directory of a PEFT LoRA adapter to go on from; it brings its own rank, alpha, dropout and targets."""
+
+    lora_rank: int = 8
+    """Rank of the adapter matrices."""
+
+    lora_alpha: float = 32.0
+    """The adapter counts lora_alpha / lora_rank times."""
+
+    lora_dropout: float = 0.05
+    """Share of an adapter's inputs that is dropped in training."""
+
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Which linears get an adapter: q_proj k_proj v_proj o_proj gate_proj up_proj down_proj, a regular
+    expression for whole names such as model.layers.0.mlp.up_proj, or all-linear.
+    """
+
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(lora_rank) (rank-stabilised LoRA)."""
+
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks by name or regular expression, where they differ from lora_rank; JSON on the command line."""
+
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas by name or regular expression, where they differ from lora_alpha; JSON on the command line."""
+
+
+@dataclass(kw_only=True)
 class DataOptions:
     """Rows and how they become token sequences."""
 
@@ -66,7 +97,7 @@ class BatchOptions:
     """Passes over the rows; a fraction ends within a pass."""
 
     max_steps: int | None = None
-    """Optimizer steps; overrides num_train_epochs."""
+    """Optimizer steps; overrides num_train_epochs. 0 checks, saves and exports without training."""
 
     per_device_train_batch_size: int = 1
     """Rows of a micro-batch."""
@@ -85,8 +116,8 @@ class BatchOptions:
 class OptimizerOptions:
     """AdamW and its schedule."""
 
-    learning_rate: float = 1e-5
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate (default 1e-5, with LoRA 1e-4)."""
 
     min_lr: float = 0.0
     """Learning rate at the end of a cosine or linear schedule."""
@@ -207,7 +238,9 @@ class RunOptions:
     """Deterministic kernels only; CPU runs are deterministic without it."""
 
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    """Where metrics go besides metrics.jsonl: tensorboard or none."""
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb, swanlab, mlflow (where installed), or
+    none.
+    """
 
     dry_run: bool = False
     """Print the resolved configuration, the rank grid and the steps, and stop."""
@@ -238,6 +271,7 @@ class SftConfig:
     """Everything `braid sft` is told, grouped by concern."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     data: DataOptions = field(default_factory=DataOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)

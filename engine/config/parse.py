@@ -7,6 +7,7 @@ same. Later sources win: defaults < YAML file < environment < flags.
 import ast
 import difflib
 import inspect
+import json
 import math
 import types
 import typing
@@ -27,16 +28,21 @@ ALIASES: Mapping[str, str] = {
     "tuner_type": "train_type",
     "clip_grad": "max_grad_norm",
     "lr_decay_style": "lr_scheduler_type",
+    "adapters": "adapter",
 }
 # Options of the contract whose feature does not exist yet: refused by name instead of called unknown.
 NOT_BUILT: Mapping[str, str] = {
     "packing": "packing",
     "streaming": "streaming data sets",
-    "adapter": "LoRA",
-    "lora_rank": "LoRA",
-    "lora_alpha": "LoRA",
-    "lora_dropout": "LoRA",
-    "target_modules": "LoRA",
+    "use_dora": "DoRA",
+    "quant_method": "a quantised base (QLoRA)",
+    "quant_bits": "a quantised base (QLoRA)",
+    "load_in_4bit": "a quantised base (QLoRA)",
+    "load_in_8bit": "a quantised base (QLoRA)",
+    "modules_to_save": "training whole modules beside LoRA",
+    "init_weights": "another initialisation of LoRA",
+    "init_lora_weights": "another initialisation of LoRA",
+    "lora_bias": "bias in LoRA",
 }
 
 
@@ -163,6 +169,8 @@ def convert(name: str, value: Any, annotation: Any) -> Any:
             raise ConfigError(f"{name} needs at least one value; give it one or leave it out")
         items = value if isinstance(value, list) else [value]
         return [convert(name, item, arguments[0]) for item in items]
+    if origin is dict:
+        return _to_mapping(name, value, arguments[1])
     if origin is typing.Literal:
         if value in arguments:
             return value
@@ -186,6 +194,20 @@ def _convert_scalar(name: str, value: Any, annotation: Any) -> Any:
     except (ValueError, OverflowError):
         kind = {"int": "a whole number", "float": "a number"}[annotation.__name__]
         raise ConfigError(f"{name} must be {kind}, not {value!r}") from None
+
+
+def _to_mapping(name: str, value: Any, annotation: Any) -> dict[str, Any]:
+    """A YAML mapping, or JSON on the command line."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ConfigError(
+                f'{name} must be a JSON object such as {{"q_proj": 16}}, not {value!r}'
+            ) from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must map names to values, not {value!r}")
+    return {str(key): convert(f"{name} of {key}", item, annotation) for key, item in value.items()}
 
 
 def _to_int(value: Any) -> int:
@@ -264,7 +286,7 @@ def help_text(config_type: type) -> str:
         if option.group != group:
             group = option.group or ""
             lines.append(f"\n{group or 'options'}:")
-        default = "" if option.default in (None, []) else f" (default: {_show(option.default)})"
+        default = "" if option.default in (None, [], {}) else f" (default: {_show(option.default)})"
         lines.append(f"  --{option.name} {_type_name(option.annotation)}\n        {option.help}{default}")
     return "\n".join(lines)
 
@@ -286,4 +308,6 @@ def _type_name(annotation: Any) -> str:
         return "|".join(map(str, arguments))
     if origin is list:
         return f"{_type_name(arguments[0])} ..."
+    if origin is dict:
+        return f"{{NAME: {_type_name(arguments[1])}}}"
     return _type_name(arguments[0]) if arguments else str(annotation.__name__).upper()

@@ -126,8 +126,8 @@ class BatchPlan:
                 f"global_batch_size {self.global_batch_size} is not micro-batch {self.micro_batch_size} x "
                 f"accumulation {self.accumulation} x data-parallel size {self.data_parallel_size} = {product}"
             )
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ConfigError(f"max_steps is {self.max_steps}; it must be at least 1")
+        if self.max_steps is not None and self.max_steps < 0:
+            raise ConfigError(f"max_steps is {self.max_steps}; it must be at least 0")
         if not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
             raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0")
         if self.seed < 0:

@@ -31,6 +31,16 @@ class DocumentParams(PackedSeqParams):
     sin: Tensor | None = None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerParts:
+    """The classes that a decoder layer is made of."""
+
+    column_linear: type
+    row_linear: type
+    norm: type
+    core_attention: type
+
+
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, x / rms(x) * weight (Zhang and Sennrich, 2019).
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from engine.config.options import RecomputeOptions
 from engine.config.parallel import ParallelLayout
 from engine.errors import ConfigError
-from engine.model.layers import CoreAttention, DocumentParams, RMSNorm, RotaryTable
+from engine.model.layers import CoreAttention, DocumentParams, LayerParts, RMSNorm, RotaryTable
+from engine.model.lora import A, B, attach_lora
+from engine.model.lora_spec import LoraSpec
 from engine.model.spec import ModelSpec
 from engine.runtime import mcore
 from engine.runtime.platform import Platform
@@ -34,6 +36,7 @@ class BraidGPTModel(GPTModel):
     def __init__(self, *, spec: ModelSpec, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.spec = spec
+        self.lora: LoraSpec | None = None
         self.rotary = RotaryTable(
             spec.rope, head_dim=spec.head_dim, max_position_embeddings=spec.max_position_embeddings
         )
@@ -143,10 +146,19 @@ def _recompute(options: RecomputeOptions) -> tuple[str | None, str | None, int |
 
 
 def block_spec(
-    config: TransformerConfig, platform: Platform, *, num_layers: int, vp_stage: int | None
+    config: TransformerConfig,
+    platform: Platform,
+    *,
+    num_layers: int,
+    vp_stage: int | None,
+    fused_norm: bool = True,
 ) -> Any:
-    """Megatron's specification of a chunk of `num_layers` decoder layers, with Braid's attention in it."""
-    if platform.use_te:
+    """Megatron's specification of a chunk of `num_layers` decoder layers, with Braid's attention in it.
+
+    Without `fused_norm` the norms of Transformer Engine are modules of their own: LoRA reads what they
+    return.
+    """
+    if platform.use_te and fused_norm:
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
         from engine.model.te_layers import TECoreAttention
@@ -159,38 +171,53 @@ def block_spec(
         return block
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+    parts = _torch_parts()
+    if platform.use_te:
+        from engine.model.te_layers import te_parts
+
+        parts = te_parts()
     return TransformerBlockSubmodules(
-        layer_specs=[_torch_layer_spec(config)] * num_layers, layer_norm=RMSNorm
+        layer_specs=[_layer_spec(config, parts)] * num_layers, layer_norm=parts.norm
     )
 
 
-def _torch_layer_spec(config: TransformerConfig) -> Any:
-    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+def _torch_parts() -> LayerParts:
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    return LayerParts(
+        column_linear=ColumnParallelLinear,
+        row_linear=RowParallelLinear,
+        norm=RMSNorm,
+        core_attention=CoreAttention,
+    )
+
+
+def _layer_spec(config: TransformerConfig, parts: LayerParts) -> Any:
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-    qk_norm = RMSNorm if config.qk_layernorm else IdentityOp
+    qk_norm = parts.norm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear,
-        core_attention=CoreAttention,
-        linear_proj=RowParallelLinear,
+        linear_qkv=parts.column_linear,
+        core_attention=parts.core_attention,
+        linear_proj=parts.row_linear,
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=parts.norm,
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=parts.norm,
             mlp=ModuleSpec(module=MLP, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=CANONICAL_NORMS,
@@ -204,18 +231,28 @@ def build_chunks(
     platform: Platform,
     recompute: RecomputeOptions,
     groups: mcore.Groups,
+    lora: LoraSpec | None = None,
 ) -> list[BraidGPTModel]:
-    """The model chunks of this rank (one, or one per virtual stage), on its device, with unset weights."""
+    """The model chunks of this rank (one, or one per virtual stage), on its device, with unset weights.
+
+    With `lora` they are frozen but for its adapters.
+    """
     spec.check_tensor_parallel(layout.tp)
     config = transformer_config(spec, layout, platform, recompute)
     chunks = []
     for index, vp_stage in enumerate(mcore.virtual_stages(layout)):
-        num_layers = len(layout.chunks_of(groups.pp_rank)[index])
+        layers = layout.chunks_of(groups.pp_rank)[index]
         pre_process, post_process = mcore.stage_flags(vp_stage)
         chunk = BraidGPTModel(
             spec=spec,
             config=config,
-            transformer_layer_spec=block_spec(config, platform, num_layers=num_layers, vp_stage=vp_stage),
+            transformer_layer_spec=block_spec(
+                config,
+                platform,
+                num_layers=len(layers),
+                vp_stage=vp_stage,
+                fused_norm=lora is None,
+            ),
             vocab_size=spec.padded_vocab_size(layout.tp),
             max_sequence_length=spec.max_position_embeddings,
             pre_process=pre_process,
@@ -225,6 +262,8 @@ def build_chunks(
             position_embedding_type="none",
             vp_stage=vp_stage,
         )
+        if lora is not None:
+            attach_lora(chunk, lora, layers)
         chunks.append(chunk.to(platform.device))
     return chunks
 
@@ -242,9 +281,14 @@ class NamedWeight:
 def named_weights(
     chunks: Sequence[BraidGPTModel], layout: ParallelLayout, pp_rank: int
 ) -> Iterator[NamedWeight]:
-    """Every parameter of this rank. The last stage's copy of tied embeddings carries the embedding's name."""
+    """Every parameter of this rank but adapters. The last stage's copy of tied embeddings carries the
+    embedding's name.
+    """
     for chunk, layers in zip(chunks, layout.chunks_of(pp_rank), strict=True):
-        for name, parameter in chunk.named_parameters():
+        for own_name, parameter in chunk.named_parameters():
+            if own_name.endswith((A, B)):
+                continue
+            name = own_name.replace(".base_layer.", ".")
             yield NamedWeight(
                 name=canonical_name(name, first_layer=layers.start, tied=chunk.spec.tied_embeddings),
                 parameter=parameter,

@@ -75,11 +75,13 @@ class ModelSpec:
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
-    def train_flops_per_token(self, sequence_length: float) -> float:
+    def train_flops_per_token(self, sequence_length: float, adapter_parameters: int | None = None) -> float:
         """Model FLOPs of forward and backward for one token of a causal document of `sequence_length` tokens.
 
         6 x matmul weights (LM head included, embedding look-up not) + 6 x layers x heads*head_dim x sequence
-        (the causal half); recomputation earns no credit. For Qwen2 heads*head_dim is the hidden size.
+        (the causal half); recomputation earns no credit. For Qwen2 heads*head_dim is the hidden size. With
+        LoRA of `adapter_parameters` elements, frozen weights count 4 x (they get no gradient) and adapters 6
+        x.
         """
         width = self.num_attention_heads * self.head_dim
         matmul = self.num_layers * (
@@ -87,13 +89,17 @@ class ModelSpec:
             + 3 * self.hidden_size * self.ffn_hidden_size
         )
         matmul += self.vocab_size * self.hidden_size
-        return 6.0 * matmul + 6.0 * self.num_layers * width * sequence_length
+        attention = 6.0 * self.num_layers * width * sequence_length
+        if adapter_parameters is not None:
+            return 4.0 * matmul + 6.0 * adapter_parameters + attention
+        return 6.0 * matmul + attention
 
     def check_tensor_parallel(self, tp_size: int) -> None:
-        """Raise ConfigError unless `tp_size` ranks can share heads, key/value heads and the MLP evenly."""
+        """Raise ConfigError unless `tp_size` ranks can share heads and the MLP evenly, and hold whole
+        key/value heads or share each among the same number of ranks.
+        """
         for what, count in (
             ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.num_query_groups),
             ("intermediate_size", self.ffn_hidden_size),
         ):
             if count % tp_size:
@@ -101,6 +107,11 @@ class ModelSpec:
                     f"tensor_model_parallel_size {tp_size} does not divide the model's {what} {count}; "
                     f"choose a divisor of {count}"
                 )
+        if self.num_query_groups % tp_size and tp_size % self.num_query_groups:
+            raise ConfigError(
+                f"tensor_model_parallel_size {tp_size} neither divides the model's num_key_value_heads "
+                f"{self.num_query_groups} nor is a multiple of it; choose another degree"
+            )
 
 
 def read_hf_config(model_dir: str | Path) -> dict[str, Any]:

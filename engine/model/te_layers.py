@@ -4,10 +4,15 @@ installed.
 
 from typing import Any
 
-from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.extensions.transformer_engine import (
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+    TENorm,
+    TERowParallelLinear,
+)
 from torch import Tensor
 
-from engine.model.layers import DocumentParams, apply_rotary
+from engine.model.layers import DocumentParams, LayerParts, apply_rotary
 
 
 class TECoreAttention(TEDotProductAttention):
@@ -42,3 +47,13 @@ class TECoreAttention(TEDotProductAttention):
             packed_seq_params=packed_seq_params,
             **arguments,
         )
+
+
+def te_parts() -> LayerParts:
+    """Transformer Engine's linears and norms as modules of their own."""
+    return LayerParts(
+        column_linear=TEColumnParallelLinear,
+        row_linear=TERowParallelLinear,
+        norm=TENorm,
+        core_attention=TECoreAttention,
+    )

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from engine.config.parallel import ParallelLayout
 from engine.runtime.platform import Platform
 
+_DROPOUT_STATE = "braid-dropout"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups:
@@ -108,6 +110,17 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    # Megatron's own states are alike on all data-parallel replicas, which would then drop the same inputs.
+    tensor_parallel.get_cuda_rng_tracker().add(_DROPOUT_STATE, seed + 1 + 100003 * (1 + dist.get_rank()))
+
+
+def dropout_rng() -> Any:
+    """Context in which the device's random numbers are this rank's own; saved and restored with checkpoints
+    and by recomputation.
+    """
+    from megatron.core import tensor_parallel
+
+    return tensor_parallel.get_cuda_rng_tracker().fork(_DROPOUT_STATE)
 
 
 def rng_state() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 
 from engine.errors import CheckpointError
+from engine.model.lora import adapter_state
 from engine.runtime import mcore
 from engine.training.resume import STATE_FILE, TrainerState, list_checkpoints
 
@@ -49,6 +50,9 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    if state.step == 0:
+        # Before the first step the optimizer has no moments; asking it for what it would load makes them.
+        _sharded_state(models, optimizer, groups, loading=True)
     try:
         dist_checkpointing.save(_sharded_state(models, optimizer, groups, loading=False), str(partial))
         if groups.rank == 0:
@@ -81,7 +85,9 @@ def load_checkpoint(
     except (dist_checkpointing.core.CheckpointingException, OSError, EOFError) as error:
         raise CheckpointError(f"{checkpoint} cannot be loaded: {_first_line(error)}") from error
     for index, model in enumerate(models):
-        model.module.load_state_dict(loaded[f"model{index}"])
+        # A checkpoint of LoRA training has adapters only, the base keeps its weights.
+        found = model.module.load_state_dict(loaded[f"model{index}"], strict=model.module.lora is None)
+        assert not found.unexpected_keys, found.unexpected_keys
     optimizer.load_state_dict(loaded["optimizer"])
     if same_layout:
         mcore.set_rng_state(loaded["rng"])
@@ -102,7 +108,12 @@ def _sharded_state(
     loading: bool,
     with_rng: bool = True,
 ) -> dict[str, Any]:
-    chunks = {f"model{i}": model.module.sharded_state_dict() for i, model in enumerate(models)}
+    chunks = {
+        f"model{i}": model.module.sharded_state_dict()
+        if model.module.lora is None
+        else adapter_state(model.module, layers, groups)
+        for i, (model, layers) in enumerate(zip(models, groups.layout.chunks_of(groups.pp_rank), strict=True))
+    }
     sharded = dict(chunks)
     sharded["optimizer"] = optimizer.sharded_state_dict(
         chunks, is_loading=loading, metadata=_OPTIMIZER_FORMAT

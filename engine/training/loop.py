@@ -11,12 +11,13 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel
 
 from engine.config.options import SftConfig
+from engine.config.parse import flatten
 from engine.data.loader import Loader
-from engine.model.spec import ModelSpec
 from engine.runtime.mcore import Groups
 from engine.runtime.platform import Platform
 from engine.training.checkpoint import layout_degrees, load_checkpoint, save_checkpoint
-from engine.training.metrics import MetricsLog, Throughput, step_line
+from engine.training.display import Display
+from engine.training.metrics import MetricsLog, Throughput
 from engine.training.optimizer import set_learning_rate
 from engine.training.resume import TrainerState
 from engine.training.schedule import LearningRate
@@ -28,7 +29,9 @@ class Trainer:
     """A run, ready to go. Every rank holds one; `fit` is called on all of them."""
 
     config: SftConfig
-    spec: ModelSpec
+    flops_per_token: Callable[[int], float]
+    """FLOPs of a token in a document of that many tokens."""
+
     platform: Platform
     groups: Groups
     models: Sequence[DistributedDataParallel]
@@ -51,8 +54,22 @@ class Trainer:
             TrainerState.read(resume).check_same_run(state, resume)
             state = load_checkpoint(resume, self.models, self.optimizer, self.groups)
         log = MetricsLog(
-            self.output_dir, report_to=run.report_to, resumed_step=state.step, enabled=self.groups.rank == 0
+            self.output_dir,
+            report_to=run.report_to,
+            options=flatten(self.config),
+            resumed_step=state.step,
+            enabled=self.groups.rank == 0,
         )
+        display = Display(plan.total_steps, state.step, enabled=self.groups.rank == 0)
+        try:
+            last = self._run(state, resume, log, display)
+        finally:
+            display.close()
+            log.close()
+        return last
+
+    def _run(self, state: TrainerState, resume: Path | None, log: MetricsLog, display: Display) -> Path:
+        run, plan = self.config.run, self.train_data.plan
         speed = Throughput(self.platform, self.groups.layout.world_size, self.started)
         tokens, last = state.tokens, resume
         for batch in self.train_data.steps(state.step):
@@ -61,12 +78,13 @@ class Trainer:
             set_learning_rate(self.optimizer, learning_rate, self.config.optimizer.weight_decay)
             result = train_step(self.models, self.optimizer, batch.micro_batches, self.platform.device)
             totals = global_totals(
-                result.losses, result.micro_batches, self.spec, self.groups, self.platform.device
+                result.losses, result.micro_batches, self.flops_per_token, self.groups, self.platform.device
             )
             tokens += totals.tokens
             speed.add(totals)
-            if not result.updated and self.groups.rank == 0:
-                print(f"step {step}: gradients overflowed float16, the update is left out", flush=True)
+            display.advance(step)
+            if not result.updated:
+                display.line(f"step {step}: gradients overflowed float16, the update is left out")
             if step % run.logging_steps == 0 or step in (1, plan.total_steps):
                 record = {
                     "step": step,
@@ -76,34 +94,35 @@ class Trainer:
                     "tokens": tokens,
                     **speed.take(steps_left=plan.total_steps - step),
                 }
-                log.write(record, step_line(record, plan.total_steps))
+                log.write(record)
+                display.record(record)
             paused = time.monotonic()
             if self._due(step, run.eval_steps):
-                self._evaluate(step, log)
+                self._evaluate(step, log, display)
             if step == plan.total_steps or (run.save_steps and step % run.save_steps == 0):
                 last = self._save(step, tokens)
             speed.pause(time.monotonic() - paused)
-        log.close()
-        assert last is not None, "a run has at least one step or a checkpoint"
-        return last
+        # A run of no steps is saved as it started, so that it can be exported.
+        return last or self._save(0, tokens)
 
     def _due(self, step: int, every: int | None) -> bool:
         if self.eval_data is None:
             return False
         return step == self.train_data.plan.total_steps or bool(every and step % every == 0)
 
-    def _evaluate(self, step: int, log: MetricsLog) -> None:
+    def _evaluate(self, step: int, log: MetricsLog, display: Display) -> None:
         assert self.eval_data is not None
         with parameters_gathered(self.models):
             batches = (batch.micro_batches for batch in self.eval_data.steps())
-            totals = evaluate(self.models, batches, self.spec, self.groups, self.platform.device)
+            totals = evaluate(self.models, batches, self.flops_per_token, self.groups, self.platform.device)
         record = {
             "step": step,
             "eval_loss": totals.loss,
             "eval_perplexity": math.exp(min(totals.loss, 700.0)),
             "eval_tokens": totals.tokens,
         }
-        log.write(record, f"step {step}  eval loss {totals.loss:.4f}")
+        log.write(record)
+        display.line(f"step {step}  eval loss {totals.loss:.4f}")
 
     def _save(self, step: int, tokens: int) -> Path:
         state = self._state_at(step=step, tokens=tokens)

@@ -1,13 +1,14 @@
-"""What a run reports: one object a logged step in metrics.jsonl, one line on the terminal, TensorBoard."""
+"""What a run reports: one object a logged step in metrics.jsonl, and the same to the reporters."""
 
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from engine.runtime.platform import Platform
+from engine.training.reporters import Reporter, open_reporters
 from engine.training.step import StepTotals
 
 
@@ -58,39 +59,44 @@ class Throughput:
 
 
 class MetricsLog:
-    """Writes to `output_dir` on rank 0, and nothing on the others."""
+    """Writes metrics.jsonl and feeds the reporters on rank 0, and does nothing on the others."""
 
-    def __init__(self, output_dir: Path, *, report_to: list[str], resumed_step: int, enabled: bool) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        report_to: Sequence[str],
+        options: Mapping[str, Any],
+        resumed_step: int,
+        enabled: bool,
+    ) -> None:
         self._enabled = enabled
-        self._tensorboard: Any = None
+        self._reporters: list[Reporter] = []
         if not enabled:
             return
         path = output_dir / "metrics.jsonl"
         _forget_after(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
-        if "tensorboard" in report_to:
-            from torch.utils.tensorboard import SummaryWriter
+        self._reporters = open_reporters(report_to, output_dir, options, resumed_step=resumed_step)
 
-            self._tensorboard = SummaryWriter(str(output_dir / "runs"), purge_step=resumed_step + 1)
-
-    def write(self, record: dict[str, Any], line: str) -> None:
-        """Append `record` (its "step" counts from 1) and print `line`."""
+    def write(self, record: dict[str, Any]) -> None:
+        """Append `record`; its "step" counts from 1."""
         if not self._enabled:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if self._tensorboard is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, int | float):
-                    self._tensorboard.add_scalar(name, value, record["step"])
-        print(line, flush=True)
+        values = {
+            name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)
+        }
+        for reporter in self._reporters:
+            reporter.log(record["step"], values)
 
     def close(self) -> None:
         """Flush and close the files."""
         if self._enabled:
             self._file.close()
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+        for reporter in self._reporters:
+            reporter.close()
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -108,20 +114,3 @@ def _forget_after(path: Path, step: int) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     partial.replace(path)
-
-
-def step_line(record: dict[str, Any], total_steps: int) -> str:
-    """The terminal line of a training record."""
-    width = len(str(total_steps))
-    parts = [
-        f"step {record['step']:>{width}}/{total_steps}",
-        f"loss {record['loss']:.4f}",
-        f"lr {record['lr']:.2e}",
-        f"grad norm {record['grad_norm']:.3f}" if record["grad_norm"] is not None else "grad norm -",
-        f"{record['tokens_per_s']:,.0f} tok/s",
-    ]
-    if record["mfu"] is not None:
-        parts.append(f"MFU {100 * record['mfu']:.1f} %")
-    if record["eta_s"] is not None:
-        parts.append(f"eta {timedelta(seconds=round(record['eta_s']))}")
-    return "  ".join(parts)

@@ -55,7 +55,7 @@ def build_optimizer(
     """AdamW over fp32 master weights. Biases and norms (one-dimensional weights) take no weight decay."""
     values = {
         "optimizer": "adam",
-        "lr": options.learning_rate,
+        "lr": options.learning_rate or 0.0,  # set_learning_rate sets it before every step
         "min_lr": options.min_lr,
         "weight_decay": options.weight_decay,
         "adam_beta1": options.adam_beta1,

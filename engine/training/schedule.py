@@ -24,7 +24,7 @@ class LearningRate:
     def from_options(cls, options: OptimizerOptions, total_steps: int) -> "LearningRate":
         """Warm-up steps are rounded up, as transformers' TrainingArguments does."""
         return cls(
-            peak=options.learning_rate,
+            peak=options.learning_rate or 0.0,
             minimum=options.min_lr,
             shape=options.lr_scheduler_type,
             warmup_steps=math.ceil(total_steps * options.warmup_ratio),

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from engine.data.batches import MicroBatch
 from engine.model.layers import DocumentParams
-from engine.model.spec import ModelSpec
 from engine.runtime.mcore import Groups
 
 
@@ -151,11 +150,14 @@ def train_step(
 def global_totals(
     losses: Sequence[Tensor],
     batches: Iterable[MicroBatch],
-    spec: ModelSpec,
+    flops_per_token: Callable[[int], float],
     groups: Groups,
     device: torch.device,
 ) -> StepTotals:
-    """Add up loss and token counts over all ranks: one small all-reduce. Call on every rank."""
+    """Add up loss and token counts over all ranks: one small all-reduce. Call on every rank.
+
+    `flops_per_token(n)` are the FLOPs of a token in a document of n tokens.
+    """
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     if groups.reports_loss:
         if losses:
@@ -166,7 +168,7 @@ def global_totals(
             lengths = [min(stop, batch.num_tokens) - start for start, stop in itertools.pairwise(boundaries)]
             sums[1] += batch.num_supervised
             sums[2] += batch.num_tokens
-            sums[3] += sum(n * spec.train_flops_per_token(n) for n in lengths if n > 0)
+            sums[3] += sum(n * flops_per_token(n) for n in lengths if n > 0)
     dist.all_reduce(sums)
     loss, supervised, tokens, flops = sums.tolist()
     return StepTotals(
@@ -181,7 +183,7 @@ def global_totals(
 def evaluate(
     models: Sequence[DistributedDataParallel],
     steps: Iterable[Sequence[MicroBatch]],
-    spec: ModelSpec,
+    flops_per_token: Callable[[int], float],
     groups: Groups,
     device: torch.device,
 ) -> StepTotals:
@@ -195,4 +197,4 @@ def evaluate(
         seen += batches
     for model in models:
         model.train()
-    return global_totals(losses, seen, spec, groups, device)
+    return global_totals(losses, seen, flops_per_token, groups, device)

@@ -296,7 +296,7 @@ def test_help_explains_every_option_once() -> None:
         assert option.help in text
     assert "--torch_dtype bfloat16|float16|float32\n" in text
     assert "--dataset STR ...\n" in text
-    assert "(default: 1e-05)" in text
+    assert "(default: 1e-08)" in text
     assert option_groups.RunOptions().seed == 42
     assert "(default: 42)" in text
 

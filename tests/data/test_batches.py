@@ -115,6 +115,7 @@ def test_epochs_are_fresh_permutations_and_never_mix() -> None:
         (360, 0.1, None, 3),
         (50, 1.0, 7, 7),
         (50, 1.0, 2, 2),
+        (50, 1.0, 0, 0),
     ],
 )
 def test_total_steps(num_rows: int, epochs: float, max_steps: int | None, total: int) -> None:
@@ -124,7 +125,13 @@ def test_total_steps(num_rows: int, epochs: float, max_steps: int | None, total:
 def test_sizes_must_multiply_up() -> None:
     with pytest.raises(ConfigError, match="global_batch_size 12 is not micro-batch 5 x"):
         make_plan(micro=5)
-    for wrong in ({"num_rows": 0}, {"max_steps": 0}, {"epochs": 0.0}, {"epochs": float("nan")}, {"seed": -1}):
+    for wrong in (
+        {"num_rows": 0},
+        {"max_steps": -1},
+        {"epochs": 0.0},
+        {"epochs": float("nan")},
+        {"seed": -1},
+    ):
         with pytest.raises(ConfigError):
             make_plan(**wrong)
 

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 _LAUNCH_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NPROC_PER_NODE", "NNODES", "NODE_RANK",
     "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID", "BRAID_ERROR_DIR",
+    "BRAID_STARTED",
 )  # fmt: skip
 _MARK = "BRAID_TEST_RUN"
 

@@ -254,14 +254,31 @@ def test_rows_that_are_all_too_long(place: Place) -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("--train_type lora", "train_type lora is not available"),
-        ("--tuner_type lora", "train_type lora is not available"),
         ("--packing", "--packing: packing is not available"),
-        ("--lora_rank 8", "--lora_rank: LoRA is not available"),
+        ("--lora_rank 4", "lora_rank goes with --train_type lora"),
+        ("--tuner_type lora --lora_rank 0", "lora_rank must be at least 1, not 0"),
+        ("--train_type lora --lora_alpha 0", "lora_alpha must be positive"),
+        ("--train_type lora --lora_dropout 1", "lora_dropout must be in [0, 1)"),
+        ("--train_type lora --target_modules q_prj", "target_modules: 'q_prj' is none of the linears"),
+        ("--train_type lora --target_modules lm_head", "target_modules: 'lm_head' is none of the linears"),
+        ("--train_type lora --target_modules all-linear q_proj", "all-linear stands alone"),
+        ("--train_type lora --target_modules (q_proj", "'(q_proj' is not a regular expression"),
+        ("--train_type lora --rank_pattern q_proj=3", "rank_pattern must be a JSON object"),
+        ('--train_type lora --rank_pattern {"q_proj":0}', "rank 0"),
+        ("--train_type lora --use_dora true", "--use_dora: DoRA is not available"),
+        ("--train_type lora --quant_bits 4", "--quant_bits: a quantised base (QLoRA) is not available"),
+        ("--train_type lora --modules_to_save lm_head", "--modules_to_save: training whole modules"),
+        ("--train_type lora --adapter nowhere", "adapter nowhere is not a directory"),
+        (
+            r"--train_type lora --pipeline_model_parallel_size 2 --tensor_model_parallel_size 1 "
+            r"--target_modules model\.layers\.1\..*",
+            "pipeline stage 0 would have nothing to train: layers 0-0 have no adapter",
+        ),
         ("--context_parallel_size 2", "context_parallel_size > 1 is not available"),
         ("--expert_model_parallel_size 2", "expert parallelism"),
         ("--async_save", "async_save is not available"),
-        ("--report_to wandb", "report_to 'wandb' is not available"),
+        ("--report_to paper", "report_to 'paper' is not known; choose from tensorboard, wandb"),
+        ("--report_to none tensorboard", "report_to none stands alone"),
         ("--learning_rte 1", "unknown option --learning_rte; did you mean --learning_rate?"),
         ("--learning_rate -1", "learning_rate must not be negative, not -1.0"),
         ("--learning_rate nan", "learning_rate must be a number, not 'nan'"),
@@ -269,7 +286,7 @@ def test_rows_that_are_all_too_long(place: Place) -> None:
         ("--adam_beta2 1", "adam_beta2 must be in [0, 1), not 1.0"),
         ("--adam_epsilon 0", "adam_epsilon must be positive"),
         ("--warmup_ratio 2", "warmup_ratio must be in [0, 1], not 2.0"),
-        ("--max_steps 0", "max_steps must be at least 1, not 0"),
+        ("--max_steps -1", "max_steps must not be negative, not -1"),
         ("--num_train_epochs 0", "num_train_epochs must be positive"),
         ("--save_steps 0", "save_steps must be at least 1"),
         ("--save_total_limit 0", "save_total_limit must be at least 1"),
@@ -286,10 +303,6 @@ def test_rows_that_are_all_too_long(place: Place) -> None:
             "--tensor_model_parallel_size 3 --nproc_per_node 3",
             "tensor_model_parallel_size 3 does not divide the model's num_attention_heads 4",
         ),
-        (
-            "--tensor_model_parallel_size 4 --nproc_per_node 4",
-            "tensor_model_parallel_size 4 does not divide the model's num_key_value_heads 2",
-        ),
         ("--pipeline_model_parallel_size 4 --nproc_per_node 8", "2 layers cannot fill 4 pipeline chunks"),
         ("--decoder_layers_per_stage 3", "decoder_layers_per_stage [3]"),
         ("--sequence_parallel false", "sequence_parallel cannot be switched off"),
@@ -298,6 +311,23 @@ def test_rows_that_are_all_too_long(place: Place) -> None:
 )
 def test_settings_that_cannot_be(place: Place, words: str, named: str) -> None:
     place.refused(place.sft(*words.split()), named)
+
+
+def test_key_value_heads_that_ranks_cannot_share(place: Place) -> None:
+    config = json.loads((place.model / "config.json").read_text())
+    config |= {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 66}
+    (place.model / "config.json").write_text(json.dumps(config))
+    place.refused(
+        place.sft("--tensor_model_parallel_size", "3", "--nproc_per_node", "3"),
+        "tensor_model_parallel_size 3 neither divides the model's num_key_value_heads 2 nor is a multiple",
+    )
+
+
+def test_a_service_that_is_not_installed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.blueprint.find_spec", lambda name: None)
+    place.refused(
+        place.sft("--report_to", "wandb"), "report_to wandb: it is not installed; pip install wandb"
+    )
 
 
 @pytest.mark.parametrize(
@@ -375,7 +405,7 @@ def test_resuming_from_nothing(place: Place) -> None:
             "max_shard_size does not go with --to mcore",
         ),
         ("--to mcore --model M --output_dir O --torch_dtype int8", "torch_dtype must be one of"),
-        ("--to mcore --model M --output_dir O --tensor_model_parallel_size 4", "num_key_value_heads 2"),
+        ("--to mcore --model M --output_dir O --tensor_model_parallel_size 8", "num_attention_heads 4"),
         ("--to mcore --model M --output_dir O --tensor_model_parallel_size 0", "must be at least 1, not 0"),
         ("--to mcore --model M --output_dir O --pipeline_model_parallel_size 3", "2 layers cannot fill 3"),
         ("--to hf --checkpoint NONE --output_dir O", "NONE does not exist"),
@@ -422,7 +452,7 @@ def test_verify(place: Place) -> None:
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train"]) == 2
     assert_one_line(
-        capsys.readouterr().err, "train", "unknown command 'train'; commands are sft, convert, verify"
+        capsys.readouterr().err, "train", "unknown command 'train'; commands are sft, convert, merge, verify"
     )
     assert main([]) == 2
     assert "usage: braid COMMAND" in capsys.readouterr().out

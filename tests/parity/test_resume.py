@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from converters.adapter import ADAPTER_FILE, holds_adapter, to_peft
 from converters.convert import to_hf
 from converters.hf_files import HfReader
 from launch.tiny import DATA_DIR, build_tiny_qwen3
@@ -50,8 +51,12 @@ def losses(output: Path) -> dict[int, float]:
 
 
 def weights(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
-    to_hf(checkpoint, scratch)
-    reader = HfReader(scratch)
+    if holds_adapter(checkpoint):
+        to_peft(checkpoint, scratch)
+        reader = HfReader(scratch, single_file=ADAPTER_FILE)
+    else:
+        to_hf(checkpoint, scratch)
+        reader = HfReader(scratch)
     return {name: reader.read(name).clone() for name in reader.tensors}
 
 
@@ -115,3 +120,30 @@ def test_another_layout_continues_the_run(
 def test_another_seed_gives_another_run(runs: Runs, straight: Path) -> None:
     other = runs.start("other-seed", [*TP2_PP2, "--seed", "7"])
     assert losses(other) != losses(straight)
+
+
+LORA = ("--train_type", "lora", "--lora_rank", "4", "--weight_decay", "0.01")
+TP2_DP2 = ("--tensor_model_parallel_size", "2")
+
+
+def test_resumed_lora_run_is_bitwise_the_uninterrupted_one(runs: Runs, tmp_path: Path) -> None:
+    """With dropout, whose random numbers go on where they stopped, and are not the same on both replicas."""
+    flags = [*LORA, *TP2_DP2, "--lora_dropout", "0.2"]
+    straight = runs.start("lora", [*flags, "--save_steps", "3"])
+    resumed = runs.start("lora-resumed", flags, resume=straight / "checkpoint-3")
+    expected = losses(straight)
+    assert losses(resumed) == {step: expected[step] for step in (4, 5, 6)}
+    assert_same_weights(
+        weights(straight / "checkpoint-6", tmp_path / "a"), weights(resumed / "checkpoint-6", tmp_path / "b")
+    )
+
+
+def test_another_layout_continues_the_lora_run(runs: Runs) -> None:
+    flags = [*LORA, "--lora_dropout", "0"]
+    straight = runs.start("lora-plain", [*flags, *TP2_DP2, "--save_steps", "3"])
+    stages = ["--pipeline_model_parallel_size", "2", "--virtual_pipeline_model_parallel_size", "2"]
+    resumed = runs.start("lora-stages", [*flags, *stages], world_size=2, resume=straight / "checkpoint-3")
+    expected, found = losses(straight), losses(resumed)
+    assert sorted(found) == [4, 5, 6]
+    for step, loss in found.items():
+        assert abs(loss - expected[step]) <= 1e-5 * expected[step]

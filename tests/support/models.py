@@ -12,11 +12,15 @@ _COMMON: Mapping[str, Any] = {
     "num_hidden_layers": 4, "vocab_size": 512, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
 }  # fmt: skip
 
+FEW_KV_HEADS = "qwen3_few_kv_heads"
 MODELS: Mapping[str, Any] = {
     "qwen2_tied": lambda **o: Qwen2Config(**{**_COMMON, "tie_word_embeddings": True, **o}),
     "qwen2_untied": lambda **o: Qwen2Config(**{**_COMMON, "tie_word_embeddings": False, **o}),
     "qwen3_head_dim": lambda **o: Qwen3Config(
         **{**_COMMON, "head_dim": 24, "tie_word_embeddings": False, **o}
+    ),
+    FEW_KV_HEADS: lambda **o: Qwen3Config(
+        **{**_COMMON, "head_dim": 16, "num_key_value_heads": 2, "tie_word_embeddings": False, **o}
     ),
     "qwen3_odd_vocabulary": lambda **o: Qwen3Config(
         **{**_COMMON, "head_dim": 16, "vocab_size": 509, "tie_word_embeddings": True, **o}
@@ -38,4 +42,20 @@ def save_tiny_model(
             center = 1.0 if "norm" in weight_name else 0.0
             weight.copy_(center + 0.1 * torch.randn(weight.shape, generator=generator))
     model.to(dtype).save_pretrained(directory)
+    return directory
+
+
+def save_adapter(model_dir: Path, directory: Path, *, scale: float = 0.1, **settings: Any) -> Path:
+    """Save a PEFT adapter of `model_dir` with a random B: a B of zero would hide the gradient of A."""
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    defaults = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"}
+    torch.manual_seed(7)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **(defaults | settings)))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.copy_(scale * torch.randn(weight.shape))
+    model.save_pretrained(directory)
     return directory

@@ -33,14 +33,20 @@ def train_reference(
     max_grad_norm: float = 1.0,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
+    adapter_dir: str | None = None,
 ) -> Reference:
-    """Train on the given global batches in fp32. Loss is the mean over the supervised tokens of a global
-    batch.
+    """Train on the given global batches in fp32, with `adapter_dir` that adapter by PEFT. Loss is the mean
+    over the supervised tokens of a global batch.
     """
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, attn_implementation="sdpa")
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() == 1]
+    if adapter_dir is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter_dir, is_trainable=True)
+    trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
+    start = {name: p.detach().clone() for name, p in trained.items()}
+    decayed = [p for p in trained.values() if p.dim() > 1]
+    plain = [p for p in trained.values() if p.dim() == 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps)
     losses, grad_norms, gradients = [], [], {}
@@ -48,12 +54,12 @@ def train_reference(
         optimizer.zero_grad()
         losses.append(_accumulate(model, rows))
         if not gradients:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        grad_norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)))
+            gradients = {name: p.grad.clone() for name, p in trained.items()}
+        grad_norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), max_grad_norm)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    weights = {name: p.detach().clone() for name, p in trained.items()}
     return Reference(losses=losses, grad_norms=grad_norms, gradients=gradients, weights=weights, start=start)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -58,9 +59,13 @@ def open_run(
     *,
     dtype: str = "float32",
     transformer_impl: str = "torch",
+    adapter: str | None = None,
 ) -> tuple[Any, Any, Any, list[Any], Any]:
-    """Spec, platform, groups, wrapped models with the checkpoint's weights, and optimizer."""
-    from converters.load import load_model_weights
+    """Spec, platform, groups, wrapped models with the checkpoint's weights, and optimizer. With `adapter`, a
+    PEFT directory, that is what is trained.
+    """
+    from converters.adapter import open_adapter
+    from converters.load import load_adapter_weights, load_model_weights
     from engine.model.provider import build_chunks
     from engine.runtime import mcore
     from engine.runtime.platform import open_platform
@@ -71,8 +76,12 @@ def open_run(
     spec = load_model_spec(model_dir)
     layout = ParallelLayout.resolve(parallel, num_layers=spec.num_layers, world_size=world_size)
     groups = mcore.initialize(layout, platform, seed=1)
-    chunks = build_chunks(spec, layout, platform, recompute or RecomputeOptions(), groups)
+    opened = open_adapter(adapter, spec) if adapter is not None else None
+    lora = opened.lora if opened is not None else None
+    chunks = build_chunks(spec, layout, platform, recompute or RecomputeOptions(), groups, lora)
     load_model_weights(chunks, model_dir, spec, groups)
+    if opened is not None:
+        load_adapter_weights(chunks, opened, groups)
     models = wrap_data_parallel(chunks, optimizer, groups)
     return spec, platform, groups, models, build_optimizer(models, optimizer, groups, platform.dtype)
 
@@ -130,8 +139,11 @@ def train_layout(
     recompute: RecomputeOptions | None = None,
     dtype: str = "float32",
     transformer_impl: str = "torch",
+    adapter: str | None = None,
 ) -> LayoutResult:
-    """Train the given global batches under a layout, starting from a Hugging Face checkpoint."""
+    """Train the given global batches under a layout, starting from a Hugging Face checkpoint; the PEFT
+    adapter `adapter` alone, where there is one.
+    """
     from engine.training.optimizer import set_learning_rate
     from engine.training.step import evaluate, global_totals, run_pipeline, train_step
 
@@ -144,6 +156,7 @@ def train_layout(
         recompute,
         dtype=dtype,
         transformer_impl=transformer_impl,
+        adapter=adapter,
     )
     layout = groups.layout
 
@@ -152,14 +165,18 @@ def train_layout(
         parts = [mine[i : i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
         return [collate(part, pad_id=0, pad_to_multiple_of=layout.tp) for part in parts]
 
-    eval_loss = evaluate(models, [share(steps[0])], spec, groups, platform.device).loss
+    eval_loss = evaluate(models, [share(steps[0])], spec.train_flops_per_token, groups, platform.device).loss
     run_pipeline(models, share(steps[0]), device=platform.device, forward_only=False)
     gradients, copies = local_tensors(models, layout, groups, gradients=True)
     losses, norms = [], []
     for rows, learning_rate in zip(steps, learning_rates, strict=True):
         set_learning_rate(optim, learning_rate, optimizer.weight_decay)
         result = train_step(models, optim, share(rows), platform.device)
-        losses.append(global_totals(result.losses, result.micro_batches, spec, groups, platform.device).loss)
+        losses.append(
+            global_totals(
+                result.losses, result.micro_batches, spec.train_flops_per_token, groups, platform.device
+            ).loss
+        )
         norms.append(result.grad_norm)
     for model in models:
         if model.ddp_config.overlap_param_gather:
@@ -189,7 +206,8 @@ def release(models: Sequence[Any]) -> None:
 def local_tensors(
     models: Sequence[Any], layout: ParallelLayout, groups: Any, *, gradients: bool
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """This rank's weights or gradients by canonical name; the tied copy apart."""
+    """This rank's weights or gradients by canonical name, or those of its adapters; the tied copy apart."""
+    from engine.model.lora import named_adapters
     from engine.model.provider import named_weights
 
     if gradients:
@@ -197,9 +215,15 @@ def local_tensors(
             _complete_gradients(model, groups)
     tensors: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
-    for weight in named_weights([model.module for model in models], layout, groups.pp_rank):
+    chunks = [model.module for model in models]
+    named: list[Any] = [
+        adapter
+        for chunk, layers in zip(chunks, layout.chunks_of(groups.pp_rank), strict=True)
+        for adapter in named_adapters(chunk, layers)
+    ]
+    for weight in named or named_weights(chunks, layout, groups.pp_rank):
         value = weight.parameter.main_grad if gradients else weight.parameter.detach()
-        target = copies if weight.name in tensors or weight.is_copy else tensors
+        target = copies if weight.name in tensors or getattr(weight, "is_copy", False) else tensors
         target[weight.name] = value.float().cpu().clone()
     return tensors, copies
 
@@ -228,8 +252,13 @@ def merge(results: Sequence[LayoutResult], weight_map: dict[str, Any], kind: str
                 shards[name][tp] = tensor
     assert shards.keys() == weight_map.keys()
     merged: dict[str, Tensor] = {}
-    for name, parts in shards.items():
-        merged |= weight_map[name].to_hf(weight_map[name].merge([parts[tp] for tp in sorted(parts)]))
+    for name, by_rank in shards.items():
+        weight, parts = weight_map[name], [by_rank[tp] for tp in sorted(by_rank)]
+        if parts[0].shape == weight.shape:  # whole on every rank, and the same
+            assert all(torch.equal(part, parts[0]) for part in parts), f"{name} differs between ranks"
+            merged |= weight.to_hf(parts[0])
+        else:
+            merged |= weight.to_hf(weight.merge(parts))
     return merged
 
 

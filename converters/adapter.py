@@ -1,0 +1,195 @@
+"""PEFT LoRA adapters <-> adapters in Megatron's layout; one table, both directions from it.
+
+An adapter's A of q, k, v, gate and up is the same on every tensor-parallel rank and B is cut by rows; of o
+and down A is cut by columns and B is the same. In a checkpoint every A and B is a tensor of its own.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from converters.companions import COMPANIONS_DIR, read_source_info, torch_dtype, write_companions
+from converters.convert import ConvertReport
+from converters.dist_ckpt import DistReader, DistWriter, check_checkpoint
+from converters.files import check_free_space, dtype_name, fsync, inside, staged_directory
+from converters.hf_files import HfReader, check_weights
+from converters.hf_writer import HfWriter, PlannedTensor
+from converters.mapping import HfTensor, Replicated, Sharded, Weight
+from engine.errors import CheckpointError, ConfigError, ModelError
+from engine.model.lora_spec import CONFIG_FILE, LoraSpec, hf_module, projection_size, read_lora_config
+from engine.model.spec import ModelSpec, load_model_spec
+
+ADAPTER_FILE = "adapter_model.safetensors"
+PREFIX = "adapter."
+"""Keys of adapters in a checkpoint (engine.model.lora has the same, beside the parameters)."""
+
+_HF_PREFIX = "base_model.model."
+_ROW_PARALLEL = ("o_proj", "down_proj")
+
+
+def adapter_map(spec: ModelSpec, lora: LoraSpec) -> dict[str, Weight]:
+    """Every A and B by its name in checkpoints, in the model's order."""
+    weights: dict[str, Weight] = {}
+    for layer, linear, projection, shape in lora.targets(spec.num_layers):
+        out_features, in_features = projection_size(spec, projection)
+        row = projection in _ROW_PARALLEL
+        for kind, size, cut in (
+            ("lora_A", (shape.rank, in_features), row),
+            ("lora_B", (out_features, shape.rank), not row),
+        ):
+            name = f"{PREFIX}layers.{layer}.{linear}.{projection}_{kind}"
+            tensor = HfTensor(name=f"{_HF_PREFIX}{hf_module(layer, projection)}.{kind}.weight", shape=size)
+            axis = 1 if kind == "lora_A" else 0
+            weights[name] = (
+                Sharded(name=name, hf=(tensor,), axis=axis) if cut else Replicated(name=name, hf=(tensor,))
+            )
+    return weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftAdapter:
+    """An adapter directory whose tensors are exactly those that its configuration asks for."""
+
+    directory: Path
+    lora: LoraSpec
+    weights: dict[str, Weight]
+    reader: HfReader
+
+    def config(self) -> bytes:
+        """The configuration file as it is."""
+        return inside(self.directory, CONFIG_FILE, error=ModelError).read_bytes()
+
+    def dtype(self) -> torch.dtype:
+        """The narrowest dtype that holds all tensors exactly."""
+        found = torch.float16 if not self.reader.tensors else None
+        for info in self.reader.tensors.values():
+            found = info.dtype if found is None else torch.promote_types(found, info.dtype)
+        assert found is not None
+        return found
+
+
+def open_adapter(directory: str | Path, spec: ModelSpec) -> PeftAdapter:
+    """Read configuration and headers of a PEFT directory. Raises ModelError for what is missing, surplus, of
+    another shape than the base model asks for, or not supported.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise ModelError(f"adapter directory {directory} does not exist; pass a directory that PEFT saved")
+    lora = read_lora_config(path)
+    try:
+        lora.check(spec)
+    except ConfigError as error:
+        raise ModelError(f"{path / CONFIG_FILE}: {error}") from None
+    weights = adapter_map(spec, lora)
+    reader = HfReader(path, single_file=ADAPTER_FILE)
+    check_weights(reader, weights, described_by=f"{CONFIG_FILE} and the base model")
+    return PeftAdapter(directory=path, lora=lora, weights=weights, reader=reader)
+
+
+def new_adapter_config(lora: LoraSpec, base_model: str) -> bytes:
+    """An `adapter_config.json` for an adapter that starts here."""
+    return (json.dumps(lora.to_config(base_model), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_adapter_companions(
+    model_dir: str | Path, checkpoint_dir: str | Path, *, config: bytes, dtype: torch.dtype
+) -> None:
+    """What a checkpoint of adapters carries beside them: the base's companions, and the adapter's
+    configuration and dtype.
+    """
+    write_companions(model_dir, checkpoint_dir, adapter_dtype=dtype_name(dtype))
+    path = Path(checkpoint_dir) / COMPANIONS_DIR / CONFIG_FILE
+    path.write_bytes(config)
+    fsync(path)
+
+
+def holds_adapter(checkpoint_dir: str | Path) -> bool:
+    """Whether a checkpoint is one of adapters, of a run or converted."""
+    return (Path(checkpoint_dir) / COMPANIONS_DIR / CONFIG_FILE).is_file()
+
+
+def check_adapter_checkpoint(
+    reader: DistReader, spec: ModelSpec, lora: LoraSpec | None = None
+) -> dict[str, Weight]:
+    """The map of a checkpoint of adapters. Raises CheckpointError unless it holds exactly those of its own
+    configuration, and is of the adapter `lora` where one is given.
+    """
+    if not holds_adapter(reader.directory):
+        raise CheckpointError(
+            f"{reader.directory} holds no LoRA adapter; it is a checkpoint of a whole model"
+        )
+    try:
+        stored = read_lora_config(reader.directory / COMPANIONS_DIR)
+        stored.check(spec)
+    except (ConfigError, ModelError) as error:
+        raise CheckpointError(str(error)) from None
+    # As configurations, in which `all-linear` and the names that it stands for are the same.
+    before, now = stored.to_config(""), (lora or stored).to_config("")
+    if lora is not None and before != now:
+        names = [name for name in now if now[name] != before[name]]
+        raise CheckpointError(
+            f"{reader.directory} belongs to a LoRA run with another {names[0]} ({getattr(stored, names[0])}, "
+            f"now {getattr(lora, names[0])}); resume with that run's settings"
+        )
+    weights = adapter_map(spec, stored)
+    check_checkpoint(reader, weights, prefixes=(PREFIX,))
+    return weights
+
+
+def to_peft(checkpoint_dir: str | Path, output_dir: str | Path) -> ConvertReport:
+    """Convert a checkpoint of adapters into a PEFT directory.
+
+    Tensors are written in the dtype of the adapter that the run started from if they all fit into it exactly,
+    as they do after zero steps; otherwise in the checkpoint's, fp32. Raises CheckpointError for what is wrong
+    with the checkpoint, OutputError for the target.
+    """
+    started = time.monotonic()
+    reader = DistReader(checkpoint_dir)
+    companions = reader.directory / COMPANIONS_DIR
+    weights = check_adapter_checkpoint(reader, load_model_spec(companions))
+    tensors: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        tensors |= weight.to_hf(reader.read(name, weight))
+    wanted = read_source_info(checkpoint_dir).adapter_dtype
+    if wanted is not None:
+        narrow = {name: tensor.to(torch_dtype(wanted)) for name, tensor in tensors.items()}
+        if all(torch.equal(narrow[name].to(tensor.dtype), tensor) for name, tensor in tensors.items()):
+            tensors = narrow
+    plan = [PlannedTensor(name=n, dtype=t.dtype, shape=tuple(t.shape)) for n, t in tensors.items()]
+    total = sum(tensor.nbytes for tensor in plan)
+    with staged_directory(output_dir) as stage:
+        check_free_space(stage.parent, total)
+        with HfWriter(stage, plan, max_shard_size=total + 1, single_file=ADAPTER_FILE) as writer:
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+        (stage / CONFIG_FILE).write_bytes(inside(companions, CONFIG_FILE, error=CheckpointError).read_bytes())
+        fsync(stage / CONFIG_FILE)
+    return ConvertReport(
+        output_dir=Path(output_dir), tensors=len(plan), bytes=total, seconds=time.monotonic() - started
+    )
+
+
+def adapter_to_mcore(model_dir: str | Path, adapter_dir: str | Path, output_dir: str | Path) -> ConvertReport:
+    """Convert a PEFT directory into a checkpoint of adapters for the base `model_dir`, in its own dtype.
+    Raises ModelError for what is wrong with either, OutputError for the target.
+    """
+    started = time.monotonic()
+    spec = load_model_spec(model_dir)
+    adapter = open_adapter(adapter_dir, spec)
+    total = sum(info.stop - info.start for info in adapter.reader.tensors.values())
+    with staged_directory(output_dir) as stage:
+        check_free_space(stage.parent, total)
+        write_adapter_companions(model_dir, stage, config=adapter.config(), dtype=adapter.dtype())
+        with DistWriter(stage, num_layers=spec.num_layers) as writer:
+            for name, weight in adapter.weights.items():
+                writer.add(name, weight.to_megatron(adapter.reader.read_slice))
+    return ConvertReport(
+        output_dir=Path(output_dir),
+        tensors=len(adapter.weights),
+        bytes=total,
+        seconds=time.monotonic() - started,
+    )

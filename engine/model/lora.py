@@ -1,0 +1,293 @@
+"""LoRA inside Megatron's fused, sharded linears: separate A and B for every projection, as PEFT has them.
+
+Shape suffixes: T tokens of a micro-batch (1 / tp of them under sequence parallelism where noted), H hidden
+size, R rank of an adapter. A is [R, in], B is [out, R]; both are fp32 whatever the model's dtype is, and take
+part in its arithmetic by a cast.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+from engine.model.lora_spec import PROJECTIONS, LoraSpec, LowRank, projection_size
+from engine.model.spec import ModelSpec
+from engine.runtime import mcore
+
+if TYPE_CHECKING:
+    from engine.model.provider import BraidGPTModel
+
+A, B = "_lora_A", "_lora_B"
+CHECKPOINT_PREFIX = "adapter."
+"""Keys of adapters in a checkpoint start with this, those of a whole model do not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorParallel:
+    """This rank's place among the ranks that share a linear."""
+
+    rank: int
+    size: int
+    group: Any
+    sequence_parallel: bool
+
+
+class LoraLinear(torch.nn.Module):
+    """A frozen Megatron linear, `base_layer`, and the adapters of the projections in it.
+
+    The parameters `<projection>_lora_A` and `<projection>_lora_B` are this module's own, not a submodule's:
+    Megatron waits for a gathered parameter when the module that holds it is called.
+    """
+
+    def __init__(
+        self, base_layer: torch.nn.Module, adapters: Mapping[str, LowRank], tp: TensorParallel, dropout: float
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = dict(adapters)
+        self.tp = tp
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        """[T, 1, in] -> what the base layer returns: (output, bias or None), the output with the adapters'
+        part.
+        """
+        out, bias = self.base_layer(x, *arguments)
+        return out + self.delta(x), bias
+
+    def delta(self, x: Tensor) -> Tensor:
+        """The adapters' part of the output, in the output's shape."""
+        raise NotImplementedError
+
+    def add_weight(self, name: str, shape: tuple[int, int], partition: int | None) -> None:
+        """A parameter; `partition` is the dimension that tensor parallelism cuts, None if all ranks hold it
+        whole.
+        """
+        if partition is not None:
+            shape = tuple(n // self.tp.size if i == partition else n for i, n in enumerate(shape))  # type: ignore[assignment]
+        weight = torch.nn.Parameter(
+            torch.zeros(shape, dtype=torch.float32, device=torch.cuda.current_device())
+        )
+        tensor_parallel.set_tensor_model_parallel_attributes(
+            weight,
+            is_parallel=partition is not None,
+            dim=partition if partition is not None else -1,
+            stride=1,
+        )
+        # Of a weight that all ranks hold, each rank sees the gradient of its tokens or rows only: marked like
+        # this, Megatron adds them up.
+        weight.sequence_parallel = partition is None and self.tp.size > 1  # type: ignore[attr-defined]
+        self.register_parameter(name, weight)
+
+    def down(self, x: Tensor) -> list[Tensor]:
+        """A x for every adapter, in order: [..., in] -> [..., R]."""
+        weights = [getattr(self, name + A).to(x.dtype) for name in self.adapters]
+        if self.dropout and self.training:
+            with mcore.dropout_rng():
+                inputs = [F.dropout(x, self.dropout) for _ in weights]
+            return [F.linear(value, weight) for value, weight in zip(inputs, weights, strict=True)]
+        ranks = [weight.shape[0] for weight in weights]
+        return list(F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0]).split(ranks, dim=-1))
+
+
+class LoraColumnLinear(LoraLinear):
+    """Around a column-parallel linear: inputs are whole rows, outputs are this rank's features.
+
+    Under sequence parallelism A is applied to the rank's own tokens, and only the R numbers a token are
+    gathered.
+    """
+
+    def __init__(
+        self,
+        base_layer: torch.nn.Module,
+        adapters: Mapping[str, LowRank],
+        tp: TensorParallel,
+        dropout: float,
+        sizes: Mapping[str, tuple[int, int]],
+        groups: int | None,
+    ) -> None:
+        """`sizes` has (out, in) of every projection of the fused linear in order, adapted or not; `groups` is
+        the number of query groups by which q, k and v interleave, None for gate and up.
+        """
+        super().__init__(base_layer, adapters, tp, dropout)
+        self.sizes, self.groups = dict(sizes), groups or 1
+        # With more ranks than groups Megatron cuts a group's q, k and v anywhere: B is then held whole.
+        self.whole_groups = groups is None or groups % tp.size == 0
+        self.local_groups = 1 if groups is None else max(1, groups // tp.size)
+        self.ranks_per_group = 1 if self.whole_groups else tp.size // self.groups
+        for name, shape in adapters.items():
+            out_features, in_features = sizes[name]
+            self.add_weight(name + A, (shape.rank, in_features), None)
+            self.add_weight(name + B, (out_features, shape.rank), 0 if self.whole_groups else None)
+
+    def delta(self, x: Tensor) -> Tensor:
+        low = self.down(x)
+        if self.tp.sequence_parallel:
+            gathered = tensor_parallel.gather_from_sequence_parallel_region(
+                torch.cat(low, dim=-1), tensor_parallel_output_grad=True, group=self.tp.group
+            )
+            low = list(gathered.split([part.shape[-1] for part in low], dim=-1))
+        shape = low[0].shape[:-1]
+        parts = []
+        for name, (out_features, _) in self.sizes.items():
+            if name in self.adapters:
+                part = F.linear(low.pop(0), self._up(name).to(x.dtype)) * self.adapters[name].scaling
+            else:
+                features = out_features * self.ranks_per_group // self.tp.size
+                part = x.new_zeros(()).expand(*shape, features)
+            parts.append(part.unflatten(-1, (self.local_groups, -1)))
+        out = torch.cat(parts, dim=-1).flatten(-2)
+        if self.whole_groups:
+            return out
+        share = out.shape[-1] // self.ranks_per_group
+        return out.narrow(-1, self.tp.rank % self.ranks_per_group * share, share)
+
+    def _up(self, name: str) -> Tensor:
+        """B of the rank's query groups, or of its part of gate or up."""
+        weight: Tensor = getattr(self, name + B)
+        return (
+            weight if self.whole_groups else weight.chunk(self.groups)[self.tp.rank // self.ranks_per_group]
+        )
+
+
+class LoraRowLinear(LoraLinear):
+    """Around a row-parallel linear: inputs are this rank's features, outputs are sums over the ranks.
+
+    The sum over ranks is taken over the R numbers a token; under sequence parallelism each rank then keeps
+    its tokens, and B is applied to those.
+    """
+
+    def __init__(
+        self,
+        base_layer: torch.nn.Module,
+        adapters: Mapping[str, LowRank],
+        tp: TensorParallel,
+        dropout: float,
+        sizes: Mapping[str, tuple[int, int]],
+    ) -> None:
+        super().__init__(base_layer, adapters, tp, dropout)
+        for name, shape in adapters.items():
+            out_features, in_features = sizes[name]
+            self.add_weight(name + A, (shape.rank, in_features), 1)
+            self.add_weight(name + B, (out_features, shape.rank), None)
+
+    def delta(self, x: Tensor) -> Tensor:
+        (name,), (low,) = self.adapters, self.down(x)
+        if self.tp.sequence_parallel:
+            low = tensor_parallel.reduce_scatter_to_sequence_parallel_region(low, group=self.tp.group)
+        return F.linear(low, getattr(self, name + B).to(x.dtype)) * self.adapters[name].scaling
+
+
+def attach_lora(chunk: "BraidGPTModel", lora: LoraSpec, layers: range) -> None:
+    """Freeze the chunk and put adapters around its linears; `layers` are the global indices of its layers.
+
+    A starts random and B at zero, as in PEFT (Hu et al., 2021); see `initialize_adapters`.
+    """
+    chunk.requires_grad_(False)
+    chunk.lora = lora
+    group = chunk.pg_collection.tp
+    tp = TensorParallel(
+        rank=group.rank(), size=group.size(), group=group, sequence_parallel=chunk.config.sequence_parallel
+    )
+    assert tp.sequence_parallel or tp.size == 1, "the layout has sequence parallelism wherever it has TP"
+    for local, layer in enumerate(layers):
+        for linear, names in PROJECTIONS.items():
+            adapters = {name: shape for name in names if (shape := lora.at(layer, name)) is not None}
+            if adapters:
+                block_name, _, linear_name = linear.partition(".")
+                block = getattr(chunk.decoder.layers[local], block_name)
+                base = getattr(block, linear_name)
+                setattr(block, linear_name, _wrap(base, linear, adapters, tp, lora.lora_dropout, chunk.spec))
+    if chunk.pre_process:
+        chunk.embedding.register_forward_hook(_require_grad)
+
+
+def _wrap(
+    base: torch.nn.Module,
+    linear: str,
+    adapters: Mapping[str, LowRank],
+    tp: TensorParallel,
+    dropout: float,
+    spec: ModelSpec,
+) -> LoraLinear:
+    sizes = {name: projection_size(spec, name) for name in PROJECTIONS[linear]}
+    if len(sizes) == 1:
+        return LoraRowLinear(base, adapters, tp, dropout, sizes)
+    groups = spec.num_query_groups if linear.endswith("qkv") else None
+    return LoraColumnLinear(base, adapters, tp, dropout, sizes, groups)
+
+
+def _require_grad(module: torch.nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """With frozen embeddings nothing before the first adapter asks for a gradient; recomputation and the
+    first pipeline stage's backward pass need something that does.
+    """
+    return output.requires_grad_() if torch.is_grad_enabled() else output
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedAdapter:
+    """An adapter parameter of this rank under its name in checkpoints (see converters.adapter)."""
+
+    name: str
+    parameter: torch.nn.Parameter
+    partition: int | None
+    """Dimension that tensor parallelism cuts."""
+
+
+def named_adapters(chunk: "BraidGPTModel", layers: range) -> Iterator[NamedAdapter]:
+    """Every adapter parameter of a chunk whose layers have the global indices `layers`."""
+    for name, parameter in chunk.named_parameters():
+        if name.endswith((A, B)):
+            local, _, rest = name.removeprefix("decoder.layers.").partition(".")
+            yield NamedAdapter(
+                name=adapter_name(layers[int(local)], rest),
+                parameter=parameter,
+                partition=parameter.partition_dim if parameter.tensor_model_parallel else None,
+            )
+
+
+def adapter_name(layer: int, parameter: str) -> str:
+    """Name in checkpoints of e.g. `mlp.linear_fc2.down_proj_lora_A` in a decoder layer (global index)."""
+    return f"{CHECKPOINT_PREFIX}layers.{layer}.{parameter}"
+
+
+@torch.no_grad()
+def initialize_adapters(chunks: Sequence["BraidGPTModel"], *, seed: int, groups: mcore.Groups) -> None:
+    """A uniform in +-1 / sqrt(in), B zero: PEFT's start. The numbers depend on the seed and the name only, so
+    that every layout starts from the same adapter.
+    """
+    tp_size = groups.layout.tp
+    for chunk, layers in zip(chunks, groups.layout.chunks_of(groups.pp_rank), strict=True):
+        for adapter in named_adapters(chunk, layers):
+            if adapter.name.endswith(B):
+                adapter.parameter.zero_()
+                continue
+            rank, columns = adapter.parameter.shape
+            columns *= tp_size if adapter.partition == 1 else 1
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {adapter.name}".encode()))
+            bound = columns**-0.5
+            full = torch.empty(rank, columns, device="cpu").uniform_(-bound, bound, generator=generator)
+            part = full.chunk(tp_size, dim=1)[groups.tp_rank] if adapter.partition == 1 else full
+            adapter.parameter.copy_(part)
+
+
+def adapter_state(chunk: "BraidGPTModel", layers: range, groups: mcore.Groups) -> dict[str, ShardedTensor]:
+    """The chunk's adapters for Megatron's distributed checkpoint, by the chunk's own parameter names."""
+    names = {id(parameter): name for name, parameter in chunk.named_parameters()}
+    state = {}
+    for adapter in named_adapters(chunk, layers):
+        cut = adapter.partition is not None
+        offsets = [(adapter.partition, groups.tp_rank, groups.layout.tp)] if cut else []
+        state[names[id(adapter.parameter)]] = ShardedTensor.from_rank_offsets(
+            adapter.name,
+            adapter.parameter,
+            *offsets,
+            replica_id=(0, 0 if cut else groups.tp_rank, groups.dp_rank),
+        )
+    return state

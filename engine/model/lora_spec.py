@@ -1,0 +1,352 @@
+"""What a LoRA adapter is, as PEFT describes it: which projections, of which rank and scale. Pure data, no
+torch.
+
+The words and their meaning are those of PEFT's LoraConfig, so that an `adapter_config.json` from elsewhere
+says here what it says there. What Braid has not proven equal to PEFT is refused by name.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.config.options import LoraOptions
+from engine.errors import ConfigError, ModelError
+from engine.model.spec import ModelSpec
+
+CONFIG_FILE = "adapter_config.json"
+ALL_LINEAR = "all-linear"
+# Megatron's fused linears of a decoder layer -> the Hugging Face projections in them, in order.
+PROJECTIONS: Mapping[str, tuple[str, ...]] = {
+    "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
+    "self_attention.linear_proj": ("o_proj",),
+    "mlp.linear_fc1": ("gate_proj", "up_proj"),
+    "mlp.linear_fc2": ("down_proj",),
+}
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_NAMES = tuple(name for names in PROJECTIONS.values() for name in names)
+# Modules of the model that a careless regular expression takes in, and PEFT then adapts or stumbles over.
+_OTHER_MODULES = (
+    "lm_head",
+    "model",
+    "model.embed_tokens",
+    "model.layers.0",
+    "model.layers.0.self_attn",
+    "model.layers.0.mlp",
+    "model.layers.0.input_layernorm",
+)
+_REGEX_SIGNS = frozenset("\\^$*+?{}[]()|")
+
+# Entries of adapter_config.json that Braid reads, or that change nothing about what an adapter computes.
+_READ = frozenset({
+    "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern",
+    "alpha_pattern", "layers_to_transform", "layers_pattern",
+})  # fmt: skip
+_WITHOUT_EFFECT = frozenset({
+    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version",
+    "task_type", "megatron_core", "qalora_group_size", "runtime_config", "eva_config",
+})  # fmt: skip
+# Initialisations that leave the base as it is; PiSSA, OLoRA and others train against a changed base.
+_PLAIN_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """The adapter of one projection: W + scaling * B A, with A [rank, in] and B [out, rank]."""
+
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """A LoRA configuration. Fields have PEFT's names and meaning."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    """A tuple of names (or ends of names), a regular expression for whole names, or `all-linear`."""
+
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski, 2023)."""
+
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    exclude_modules: str | tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
+
+    def at(self, layer: int, projection: str) -> LowRank | None:
+        """The adapter of a projection such as `q_proj` in a decoder layer (global index); None where it has
+        none.
+        """
+        module = hf_module(layer, projection)
+        if _named(self.exclude_modules, module) or not self._targets(module):
+            return None
+        rank = int(_by_pattern(self.rank_pattern, module, self.r))
+        alpha = float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
+        # A rank below one has no scale; check() refuses it.
+        scaling = alpha / (math.sqrt(rank) if self.use_rslora else rank) if rank > 0 else 0.0
+        return LowRank(rank=rank, scaling=scaling)
+
+    def _targets(self, module: str) -> bool:
+        if isinstance(self.target_modules, str):
+            return self.target_modules == ALL_LINEAR or _named(self.target_modules, module)
+        if module in self.target_modules:
+            return True
+        # As in PEFT, layer numbers limit only the names that are given by their end.
+        return _named(self.target_modules, module) and self._in_layers(module)
+
+    def _in_layers(self, module: str) -> bool:
+        if not self.layers_to_transform:
+            return True
+        blocks = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern] or [r".*?\.[^.]*"]
+        patterns = [rf"{block}\.(?P<idx>\d+)\." for block in blocks]  # a block may have groups of its own
+        found = next((m for pattern in patterns if (m := re.match(pattern, module))), None)
+        return found is not None and int(found["idx"]) in self.layers_to_transform
+
+    def targets(self, num_layers: int) -> Iterator[tuple[int, str, str, LowRank]]:
+        """(layer, Megatron linear, projection, shape) of every adapter, in the model's order."""
+        for layer in range(num_layers):
+            for linear, names in PROJECTIONS.items():
+                for name in names:
+                    shape = self.at(layer, name)
+                    if shape is not None:
+                        yield layer, linear, name, shape
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raise ConfigError unless every part of the description fits the model."""
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
+        if not 0 < self.lora_alpha < math.inf:
+            raise ConfigError(f"lora_alpha must be positive, not {self.lora_alpha}")
+        self._check_names([hf_module(layer, name) for layer in range(spec.num_layers) for name in _NAMES])
+        for layer, _, name, shape in self.targets(spec.num_layers):
+            if shape.rank < 1 or not 0 < shape.scaling < math.inf:
+                raise ConfigError(
+                    f"lora_rank and lora_alpha must be at least 1, not rank {shape.rank} and scale "
+                    f"{shape.scaling:g} at {hf_module(layer, name)}"
+                )
+        if not any(True for _ in self.targets(spec.num_layers)):
+            raise ConfigError("target_modules: no linear of the model is left; name at least one")
+
+    def _check_names(self, modules: Sequence[str]) -> None:
+        """Raise ConfigError for a name that means none of the projections `modules`, or more than those."""
+        wanted: list[str | tuple[str, ...]] = [(name,) for name in self.target_modules]
+        if isinstance(self.target_modules, str):
+            wanted = [] if self.target_modules == ALL_LINEAR else [self.target_modules]
+        for names in wanted:
+            name = names if isinstance(names, str) else names[0]
+            if not any(_named(names, module) for module in modules):
+                raise ConfigError(
+                    f"target_modules: {name!r} is none of the linears that LoRA can be in; choose from "
+                    f"{', '.join(_NAMES)}, a regular expression for whole names such as {modules[0]}, or "
+                    f"{ALL_LINEAR}"
+                )
+            outside = [m for m in _OTHER_MODULES if _named(names, m) and not _named(self.exclude_modules, m)]
+            if outside:
+                raise ConfigError(
+                    f"target_modules: {name!r} takes in {outside[0]} too, which LoRA cannot be in here; "
+                    f"name only {', '.join(_NAMES)}"
+                )
+        for what, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for pattern in patterns:
+                if not any(_fits(pattern, module) for module in modules):
+                    raise ConfigError(f"{what}: {pattern!r} is none of the linears that LoRA can be in")
+
+    def num_parameters(self, spec: ModelSpec) -> int:
+        """Elements of all A and B."""
+        return sum(
+            shape.rank * sum(projection_size(spec, name))
+            for _, _, name, shape in self.targets(spec.num_layers)
+        )
+
+    def to_config(self, base_model: str) -> dict[str, Any]:
+        """The content of an `adapter_config.json` that PEFT reads. `all-linear` becomes the names it stands
+        for, because readers such as vLLM do not know the word.
+        """
+        names = self.target_modules
+        target = sorted(_NAMES) if names == ALL_LINEAR else names if isinstance(names, str) else sorted(names)
+        return {
+            "alpha_pattern": {name: _whole(value) for name, value in self.alpha_pattern.items()},
+            "base_model_name_or_path": base_model,
+            "bias": "none",
+            "exclude_modules": _as_json(self.exclude_modules),
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "layers_pattern": _as_json(self.layers_pattern),
+            "layers_to_transform": _as_json(self.layers_to_transform),
+            "lora_alpha": _whole(self.lora_alpha),
+            "lora_dropout": self.lora_dropout,
+            "modules_to_save": None,
+            "peft_type": "LORA",
+            "r": self.r,
+            "rank_pattern": dict(self.rank_pattern),
+            "target_modules": target,
+            "task_type": "CAUSAL_LM",
+            "use_dora": False,
+            "use_rslora": self.use_rslora,
+        }
+
+    def summary(self, spec: ModelSpec) -> str:
+        """One line for the terminal."""
+        names = self.target_modules if isinstance(self.target_modules, str) else ",".join(self.target_modules)
+        count, total = self.num_parameters(spec), spec.num_parameters()
+        return (
+            f"LoRA: rank {self.r}, alpha {self.lora_alpha:g}, dropout {self.lora_dropout:g}, {names}: "
+            f"{count / 1e6:,.3f} M trainable parameters ({100 * count / total:.2f} % of the base)"
+        )
+
+
+def hf_module(layer: int, projection: str) -> str:
+    """transformers' name of a projection, to which PEFT applies its patterns."""
+    block = "mlp" if projection in _MLP else "self_attn"
+    return f"model.layers.{layer}.{block}.{projection}"
+
+
+def projection_size(spec: ModelSpec, projection: str) -> tuple[int, int]:
+    """(out, in) features of a projection."""
+    hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
+    q, kv = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
+    sizes = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    return (sizes | {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)})[
+        projection
+    ]
+
+
+def _named(names: str | tuple[str, ...], module: str) -> bool:
+    """A string is a regular expression for the whole name; a tuple holds names or ends of names."""
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> float:
+    for pattern, value in patterns.items():
+        if _fits(pattern, module):
+            return value
+    return default
+
+
+def _fits(pattern: str, module: str) -> bool:
+    """As PEFT reads the keys of a pattern: the whole name, or an end of it behind a dot."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _whole(value: float) -> int | float:
+    """16 rather than 16.0: some readers of the file insist on a whole number."""
+    return int(value) if value == int(value) else value
+
+
+def _as_json(value: Any) -> Any:
+    return (value if isinstance(value, str) else list(value)) if value else None
+
+
+def lora_from_options(options: LoraOptions) -> LoraSpec:
+    """The adapter that the flags describe. Raises ConfigError."""
+    words = [word for value in options.target_modules for word in _split(value)]
+    one = words[0] if len(words) == 1 else None
+    target: str | tuple[str, ...] = tuple(sorted(set(words)))  # as read_lora_config has them
+    if one is not None and (one.lower() == ALL_LINEAR or _REGEX_SIGNS & set(one)):
+        target = ALL_LINEAR if one.lower() == ALL_LINEAR else one
+    elif ALL_LINEAR in map(str.lower, words):
+        raise ConfigError(f"target_modules: {ALL_LINEAR} stands alone, not beside other names")
+    if options.lora_rank < 1:
+        raise ConfigError(f"lora_rank must be at least 1, not {options.lora_rank}")
+    return _compiled(
+        LoraSpec(
+            r=options.lora_rank,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+            target_modules=target,
+            use_rslora=options.use_rslora,
+            rank_pattern=options.rank_pattern,
+            alpha_pattern=options.alpha_pattern,
+        ),
+        "",
+    )
+
+
+def _split(word: str) -> list[str]:
+    """Commas separate names; a regular expression may have its own."""
+    return [word] if _REGEX_SIGNS & set(word) else [part for part in word.replace(",", " ").split() if part]
+
+
+def _compiled(lora: LoraSpec, where: str) -> LoraSpec:
+    """`lora`, if all of its regular expressions are. Raises ConfigError."""
+    expressions = [*lora.rank_pattern, *lora.alpha_pattern, *lora.layers_pattern]
+    expressions += [value for value in (lora.target_modules, lora.exclude_modules) if isinstance(value, str)]
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ConfigError(f"{where}{expression!r} is not a regular expression ({error})") from None
+    return lora
+
+
+def read_lora_config(directory: Path) -> LoraSpec:
+    """The adapter that a PEFT directory describes. Raises ModelError if `adapter_config.json` is missing,
+    malformed, or asks for something that is not supported.
+    """
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise ModelError(f"adapter {directory} has no {CONFIG_FILE}; pass a directory that PEFT saved")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not readable JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    _refuse_unsupported(config, path)
+    try:
+        return _compiled(_lora_from_config(config), f"{path}: ")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} is malformed: {type(error).__name__} {error}") from None
+    except ConfigError as error:
+        raise ModelError(str(error)) from None
+
+
+def _refuse_unsupported(config: Mapping[str, Any], path: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{path}: peft_type {config.get('peft_type')!r} is not supported, only LORA is")
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise ModelError(f"{path}: task_type {config['task_type']!r} is not supported, only CAUSAL_LM is")
+    if config.get("bias", "none") != "none":
+        raise ModelError(f"{path}: bias {config['bias']!r} is not supported, only 'none' is")
+    if config.get("init_lora_weights", True) not in _PLAIN_INITIALISATIONS:
+        raise ModelError(
+            f"{path}: init_lora_weights {config['init_lora_weights']!r} trains against a changed base and "
+            f"is not supported; convert the adapter to plain LoRA with PEFT first"
+        )
+    known = _READ | _WITHOUT_EFFECT | {"bias", "init_lora_weights"}
+    for name, value in config.items():
+        if name not in known and value not in (None, False, "", [], {}):
+            what = {"use_dora": "DoRA"}.get(name, f"{name} {value!r}")
+            raise ModelError(f"{path}: {what} is not supported; train a plain LoRA adapter")
+
+
+def _lora_from_config(config: Mapping[str, Any]) -> LoraSpec:
+    def names(value: Any) -> str | tuple[str, ...]:
+        return value if isinstance(value, str) else tuple(str(item) for item in value or ())
+
+    target = names(config["target_modules"])
+    if isinstance(target, str) and target.lower() == ALL_LINEAR:
+        target = ALL_LINEAR
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern") or ()
+    return LoraSpec(
+        r=int(config["r"]),
+        lora_alpha=float(config["lora_alpha"]),
+        lora_dropout=float(config.get("lora_dropout") or 0.0),
+        target_modules=target if isinstance(target, str) else tuple(sorted(target)),
+        use_rslora=bool(config.get("use_rslora")),
+        rank_pattern={str(k): int(v) for k, v in (config.get("rank_pattern") or {}).items()},
+        alpha_pattern={str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+        exclude_modules=names(config.get("exclude_modules")),
+        layers_to_transform=(layers,) if isinstance(layers, int) else tuple(int(i) for i in layers or ()),
+        layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
+    )

@@ -1,0 +1,259 @@
+"""A run on paper: all options checked against each other, the model and the files, before any rank starts."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.config.batch import BatchShape, resolve_batch_shape
+from engine.config.options import LoraOptions, SftConfig
+from engine.config.parallel import ParallelLayout
+from engine.config.parse import flatten
+from engine.errors import CheckpointError, ConfigError, OutputError
+from engine.model.lora_spec import LoraSpec, lora_from_options, read_lora_config
+from engine.model.spec import ModelSpec, load_model_spec
+from launch.disk import check_room
+from launch.processes import World, command_began
+
+if TYPE_CHECKING:
+    from engine.data.batches import BatchPlan
+
+REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "none")
+_LEARNING_RATES = {"full": 1e-5, "lora": 1e-4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """A run whose settings fit each other and the model."""
+
+    config: SftConfig
+    spec: ModelSpec
+    layout: ParallelLayout
+    shape: BatchShape
+    model_dir: Path
+    output_dir: Path
+    resume: Path | None
+    lora: LoraSpec | None
+    """The adapter that is trained; None in full training."""
+
+    started: float
+    """time.monotonic() at the start of the command."""
+
+    def summary(self) -> str:
+        """The model and how ranks are laid out."""
+        spec = self.spec
+        adapter = [] if self.lora is None else [self.lora.summary(spec)]
+        return "\n".join(
+            [
+                f"model: {self.model_dir} ({spec.architecture}, {spec.num_parameters() / 1e6:,.1f} M "
+                f"parameters, {spec.num_layers} layers)",
+                *adapter,
+                f"layout: {self.layout.summary()}",
+                self.layout.grid(),
+            ]
+        )
+
+
+def draw(config: SftConfig, world: World) -> Blueprint:
+    """Check all settings against each other and the model. Raises UserError; imports neither torch nor
+    Megatron.
+    """
+    from engine.data.prepare import check_options
+    from engine.training.resume import TrainerState, resolve_resume
+
+    run, options = config.run, config.model
+    if options.model is None:
+        raise ConfigError("no model given; pass --model DIR")
+    if run.output_dir is None:
+        raise ConfigError("no output directory given; pass --output_dir DIR")
+    _refuse_unbuilt(config)
+    _check_ranges(config)
+    check_options(config.data)
+    spec = load_model_spec(options.model)
+    layout = ParallelLayout.resolve(config.parallel, num_layers=spec.num_layers, world_size=world.size)
+    spec.check_tensor_parallel(layout.tp)
+    output_dir = Path(run.output_dir)
+    resume = resolve_resume(run.resume_from_checkpoint, output_dir)
+    shape = resolve_batch_shape(
+        config.batch,
+        data_parallel_size=layout.dp,
+        resumed_global_batch_size=TrainerState.read(resume).global_batch_size if resume else None,
+    )
+    layout.check_micro_batches(shape.accumulation)
+    lora = draw_lora(config, spec, layout)
+    if config.optimizer.learning_rate is None:
+        config.optimizer.learning_rate = _LEARNING_RATES[options.train_type]
+    return Blueprint(
+        config=config,
+        spec=spec,
+        layout=layout,
+        shape=shape,
+        model_dir=Path(options.model),
+        output_dir=output_dir,
+        resume=resume,
+        lora=lora,
+        started=command_began(),
+    )
+
+
+def draw_lora(config: SftConfig, spec: ModelSpec, layout: ParallelLayout) -> LoraSpec | None:
+    """The adapter that the options ask for, fitting the model and the layout. Raises ConfigError, or
+    ModelError for what is wrong with `adapter`.
+    """
+    options, default = config.lora, LoraOptions()
+    changed = [name for name in vars(default) if getattr(options, name) != getattr(default, name)]
+    if config.model.train_type == "full":
+        if changed:
+            raise ConfigError(f"{changed[0]} goes with --train_type lora, not with full")
+        return None
+    lora = lora_from_options(options)
+    if options.adapter is not None:
+        lora = _lora_of(options.adapter, lora, changed)
+    lora.check(spec)
+    with_adapter = {layer for layer, _, _, _ in lora.targets(spec.num_layers)}
+    for rank in range(layout.pp):
+        for layers in layout.chunks_of(rank):
+            if not with_adapter & set(layers):
+                raise ConfigError(
+                    f"pipeline stage {rank} would have nothing to train: layers {layers.start}-"
+                    f"{layers.stop - 1} have no adapter; choose other target_modules or fewer stages"
+                )
+    return lora
+
+
+def _lora_of(adapter: str, asked: LoraSpec, changed: Sequence[str]) -> LoraSpec:
+    """What an adapter directory says of itself. Flags beside it, those in `changed`, must say the same."""
+    if not Path(adapter).is_dir():
+        raise ConfigError(f"adapter {adapter} is not a directory; pass one that PEFT saved")
+    found = read_lora_config(Path(adapter))
+    for name in changed:
+        field = {"lora_rank": "r"}.get(name, name)
+        if field in vars(found) and getattr(found, field) != getattr(asked, field):
+            raise ConfigError(
+                f"{name} {getattr(asked, field)} contradicts {getattr(found, field)} of adapter {adapter}; "
+                f"leave it out"
+            )
+    return found
+
+
+def _refuse_unbuilt(config: SftConfig) -> None:
+    if config.run.async_save:
+        raise ConfigError("async_save is not available in this version; leave it out")
+    for name in config.run.report_to:
+        if name not in REPORTERS:
+            raise ConfigError(f"report_to {name!r} is not known; choose from {', '.join(REPORTERS)}")
+        if name not in ("tensorboard", "none") and find_spec(name) is None:
+            raise ConfigError(f"report_to {name}: it is not installed; pip install {name}, or leave it out")
+    if "none" in config.run.report_to and len(config.run.report_to) > 1:
+        raise ConfigError("report_to none stands alone, not beside other names")
+
+
+def _check_ranges(config: SftConfig) -> None:
+    values = flatten(config)
+    if values["max_steps"] is not None and values["max_steps"] < 0:
+        raise ConfigError(f"max_steps must not be negative, not {values['max_steps']}")
+    for name in ("logging_steps", "save_steps", "eval_steps", "save_total_limit"):
+        if values[name] is not None and values[name] < 1:
+            raise ConfigError(f"{name} must be at least 1, not {values[name]}")
+    for name in ("learning_rate", "min_lr", "weight_decay", "max_grad_norm"):
+        if values[name] is not None and values[name] < 0:
+            raise ConfigError(f"{name} must not be negative, not {values[name]}")
+    for name in ("num_train_epochs", "adam_epsilon"):
+        if values[name] <= 0:
+            raise ConfigError(f"{name} must be positive, not {values[name]}")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= values[name] < 1:
+            raise ConfigError(f"{name} must be in [0, 1), not {values[name]}")
+    if not 0 <= values["warmup_ratio"] <= 1:
+        raise ConfigError(f"warmup_ratio must be in [0, 1], not {values['warmup_ratio']}")
+    if not 0 <= values["seed"] < 2**32:
+        raise ConfigError(f"seed must be in [0, 2**32), not {values['seed']}")
+
+
+def check_files(blueprint: Blueprint) -> None:
+    """Check what lies on disk before any rank starts or anything is written. Of weights only the headers are
+    read.
+    """
+    check_output_dir(blueprint)
+    options, spec, lora = blueprint.config.model, blueprint.spec, blueprint.lora
+    in_fp32 = options.torch_dtype == "float32" or (options.torch_dtype is None and options.device != "cuda")
+    check_room(
+        blueprint.output_dir,
+        num_parameters=spec.num_parameters() if lora is None else lora.num_parameters(spec),
+        weight_bytes=4 if in_fp32 or lora is not None else 2,
+    )
+    if blueprint.resume is not None:
+        _check_checkpoint(blueprint.resume, spec, lora)
+    if blueprint.resume is None or lora is not None:
+        from converters.hf_files import HfReader, check_weights
+        from converters.mapping import weight_map
+
+        check_weights(HfReader(blueprint.model_dir), weight_map(spec))
+    if blueprint.config.lora.adapter is not None:
+        from converters.adapter import open_adapter
+
+        open_adapter(blueprint.config.lora.adapter, spec)
+
+
+def _check_checkpoint(checkpoint: Path, spec: ModelSpec, lora: LoraSpec | None) -> None:
+    """Raise CheckpointError if it is of another model or adapter, or a file is missing or cut off."""
+    from converters.adapter import check_adapter_checkpoint, holds_adapter
+    from converters.dist_ckpt import DistReader, check_checkpoint
+    from converters.files import inside
+    from converters.mapping import weight_map
+
+    reader = DistReader(checkpoint)
+    if lora is not None:
+        check_adapter_checkpoint(reader, spec, lora)
+    elif holds_adapter(checkpoint):
+        raise CheckpointError(f"{checkpoint} is of LoRA training; resume it with --train_type lora")
+    else:
+        check_checkpoint(reader, weight_map(spec))
+    ends: dict[str, int] = {}
+    for chunk in (chunk for tensor in reader.tensors.values() for chunk in tensor.chunks):
+        ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
+    for file, end in ends.items():
+        path = inside(checkpoint, file, error=CheckpointError)
+        size = path.stat().st_size
+        if size < end:
+            raise CheckpointError(
+                f"{path} is truncated: it has {size} bytes of {end}; resume from another checkpoint"
+            )
+
+
+def check_output_dir(blueprint: Blueprint) -> None:
+    """Raise OutputError if another run's files would be mixed with this one's, or nothing can be written."""
+    directory = blueprint.output_dir
+    if directory.exists() and not directory.is_dir():
+        raise OutputError(f"output_dir {directory} is a file; choose a directory")
+    # `auto` starts afresh in a directory of a run that left no checkpoint, but not among foreign files.
+    auto = blueprint.config.run.resume_from_checkpoint is not None and (directory / "args.yaml").is_file()
+    if blueprint.resume is None and not auto and directory.is_dir() and any(directory.iterdir()):
+        raise OutputError(
+            f"output_dir {directory} is in use; choose another, empty it, or pass --resume_from_checkpoint "
+            f"auto"
+        )
+    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise OutputError(f"output_dir {directory} cannot be made: {parent} is a file")
+    if not os.access(parent, os.W_OK):
+        raise OutputError(f"output_dir {directory} cannot be written: no permission in {parent}")
+
+
+def plan_batches(blueprint: Blueprint, num_rows: int) -> "BatchPlan":
+    """How the rows of the training set become steps under the run's layout."""
+    from engine.data.batches import BatchPlan
+
+    batch = blueprint.config.batch
+    return BatchPlan(
+        num_rows=num_rows,
+        global_batch_size=blueprint.shape.global_batch_size,
+        micro_batch_size=blueprint.shape.micro_batch_size,
+        data_parallel_size=blueprint.layout.dp,
+        accumulation=blueprint.shape.accumulation,
+        num_train_epochs=batch.num_train_epochs,
+        max_steps=batch.max_steps,
+        seed=blueprint.config.run.seed,
+    )

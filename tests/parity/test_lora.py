@@ -1,0 +1,98 @@
+"""LoRA inside Megatron's fused linears is PEFT's LoRA: loss, gradients of A and B, adapter after three AdamW
+steps.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converters.adapter import open_adapter
+from engine.config.options import RecomputeOptions
+from engine.model.spec import load_model_spec
+from tests.parity.test_transformers import LAYOUTS, assert_parity, train_on, train_plainly
+from tests.support.models import FEW_KV_HEADS, save_adapter, save_tiny_model
+from tests.support.reference import Reference
+from tests.support.workers import WorkerPool
+
+NAMES = ("TP2", "TP4", "PP2", "PP2xVPP2", "TP2xDP2")
+MODELS = ("qwen2_tied", "qwen3_head_dim")
+ROWS = 4
+ADAPTERS: Mapping[str, dict[str, Any]] = {
+    "all-linear": {},
+    "subset": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+}
+# Settings whose meaning does not depend on the layout: once, under TP2 x PP2.
+SETTINGS: Mapping[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "patterns": {
+        "rank_pattern": {"q_proj": 8, r"layers\.1\.mlp\.\w+": 2},
+        "alpha_pattern": {"down_proj": 24},
+    },
+    "regular expression": {"target_modules": r".*\.(k_proj|o_proj|up_proj)"},
+    "some layers": {"target_modules": ["gate_proj", "o_proj"], "layers_to_transform": [1, 2]},
+    "excluded": {"target_modules": "all-linear", "exclude_modules": ["v_proj"]},
+}
+
+
+class Bases:
+    """Models, adapters and PEFT's results, each made once."""
+
+    def __init__(self, root: Path) -> None:
+        self.model = cache(lambda name: save_tiny_model(name, root / name))
+        self.adapter = cache(
+            lambda model, name: save_adapter(
+                self.model(model), root / f"{model}-{name}", **(ADAPTERS | SETTINGS)[name]
+            )
+        )
+        self.reference = cache(self._train)
+
+    def _train(self, model: str, adapter: str) -> Reference:
+        adapter_dir = str(self.adapter(model, adapter))
+        return train_plainly(self.model(model), rows=ROWS, adapter_dir=adapter_dir)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    return Bases(tmp_path_factory.mktemp("lora"))
+
+
+def check(workers: WorkerPool, bases: Bases, model: str, adapter: str, layout: str, **changes: Any) -> None:
+    world_size, parallel, _ = LAYOUTS[layout]
+    model_dir, adapter_dir = bases.model(model), bases.adapter(model, adapter)
+    results = train_on(
+        workers, world_size, model_dir, parallel, adapter=str(adapter_dir), rows=ROWS, **changes
+    )
+    weights = open_adapter(adapter_dir, load_model_spec(model_dir)).weights
+    assert_parity(results, bases.reference(model, adapter), model_dir, weights)
+
+
+@pytest.mark.parametrize("layout", NAMES)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("model", MODELS)
+def test_layout_equals_peft(workers: WorkerPool, bases: Bases, model: str, adapter: str, layout: str) -> None:
+    check(workers, bases, model, adapter, layout)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_more_ranks_than_key_value_heads_equals_peft(workers: WorkerPool, bases: Bases, adapter: str) -> None:
+    check(workers, bases, FEW_KV_HEADS, adapter, "TP4")
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_setting_equals_peft(workers: WorkerPool, bases: Bases, setting: str) -> None:
+    check(workers, bases, "qwen3_head_dim", setting, "TP2xPP2")
+
+
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_recomputation_equals_peft(workers: WorkerPool, bases: Bases, granularity: str) -> None:
+    """Frozen embeddings ask for no gradient, at which recomputation would lose the first stage's."""
+    recompute = RecomputeOptions(recompute_granularity=granularity)
+    check(workers, bases, "qwen3_head_dim", "subset", "TP2xPP2", recompute=recompute)
+
+
+@pytest.mark.parametrize("optimizer", [{"use_distributed_optimizer": False}, {"overlap_param_gather": False}])
+def test_optimizer_equals_peft(workers: WorkerPool, bases: Bases, optimizer: dict[str, Any]) -> None:
+    check(workers, bases, "qwen2_tied", "all-linear", "TP2xDP2", optimizer=optimizer)
