@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 
 class Display:
@@ -20,10 +21,13 @@ class Display:
         console = console or Console(file=sys.stdout)
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        if enabled and console.is_terminal:
+        if enabled and console.is_interactive:
             self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
+                # Narrow terminals cut the numbers behind, never the step.
+                TextColumn("step", table_column=Column(no_wrap=True, min_width=4)),
+                MofNCompleteColumn(
+                    table_column=Column(no_wrap=True, min_width=2 * len(str(total_steps)) + 1)
+                ),
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[numbers]}"),
                 console=console,

@@ -132,3 +132,22 @@ def test_the_bar_of_a_resumed_run_starts_where_it_left_off(terminal: Console) ->
     Display(10, 6, enabled=True, console=terminal).close()
     (bar,) = rows(terminal)
     assert bar.startswith("step  6/10 ")
+
+
+def test_a_narrow_terminal_keeps_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    console = Console(file=StringIO(), force_terminal=True, width=80)
+    display = Display(1200, 0, enabled=True, console=console)
+    display.advance(80)
+    display.record(a_record(mfu=0.4))
+    display.close()
+    assert any("80/1200" in row and "loss 1.2346" in row for row in rows(console))
+
+
+def test_a_terminal_that_cannot_redraw_gets_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    display = Display(10, 0, enabled=True, console=Console(file=StringIO(), force_terminal=True))
+    display.record(a_record())
+    assert capsys.readouterr().out == LINE + "\n"
