@@ -90,11 +90,11 @@ class HfReader:
         if _present(self.directory / single_file):
             self.tensors = read_header(inside(self.directory, single_file, error=ModelError))
         elif single_file != SINGLE_FILE:
-            raise ModelError(_no_weights(self.directory, single_file))
+            raise ModelError(_no_weights(self.directory, f"no {single_file}"))
         elif _present(self.directory / INDEX_FILE):
             self._read_shards()
         else:
-            raise ModelError(_no_weights(self.directory, f"{SINGLE_FILE} nor {INDEX_FILE}"))
+            raise ModelError(_no_weights(self.directory, f"neither {SINGLE_FILE} nor {INDEX_FILE}"))
 
     def _read_shards(self) -> None:
         weight_map = _read_index(inside(self.directory, INDEX_FILE, error=ModelError))
@@ -155,14 +155,14 @@ def _present(path: Path) -> bool:
     return path.exists() or path.is_symlink()
 
 
-def _no_weights(directory: Path, wanted: str) -> str:
+def _no_weights(directory: Path, lacking: str) -> str:
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in _PICKLES)
     if pickles:
         return (
             f"{directory} has {shown(pickles[0])} but no safetensors; "
             f"only safetensors are read, convert it first"
         )
-    return f"{directory} has no {wanted}; pass a complete Hugging Face directory"
+    return f"{directory} has {lacking}; pass a complete Hugging Face directory"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
