@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from engine.config.batch import BatchShape, resolve_batch_shape
 from engine.config.options import LoraOptions, SftConfig
@@ -16,9 +15,6 @@ from engine.model.lora_spec import LoraSpec, lora_from_options, read_lora_config
 from engine.model.spec import ModelSpec, load_model_spec
 from launch.disk import check_room
 from launch.processes import World, command_began
-
-if TYPE_CHECKING:
-    from engine.data.batches import BatchPlan
 
 REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "none")
 _LEARNING_RATES = {"full": 1e-5, "lora": 1e-4}
@@ -71,9 +67,13 @@ def draw(config: SftConfig, world: World) -> Blueprint:
     _refuse_unbuilt(config)
     _check_ranges(config)
     check_options(config.data)
+    if config.data.streaming and config.batch.max_steps is None:
+        raise ConfigError("streaming needs max_steps: how many rows will come is not known")
     spec = load_model_spec(options.model)
     layout = ParallelLayout.resolve(config.parallel, num_layers=spec.num_layers, world_size=world.size)
     spec.check_tensor_parallel(layout.tp)
+    spec.check_context_parallel(layout.tp, layout.cp, layout.cp_comm_type)
+    layout.check_cp_comm_type(has_te=options.transformer_impl != "torch" and options.device != "cpu")
     output_dir = Path(run.output_dir)
     resume = resolve_resume(run.resume_from_checkpoint, output_dir)
     shape = resolve_batch_shape(
@@ -240,20 +240,3 @@ def check_output_dir(blueprint: Blueprint) -> None:
         raise OutputError(f"output_dir {directory} cannot be made: {parent} is a file")
     if not os.access(parent, os.W_OK):
         raise OutputError(f"output_dir {directory} cannot be written: no permission in {parent}")
-
-
-def plan_batches(blueprint: Blueprint, num_rows: int) -> "BatchPlan":
-    """How the rows of the training set become steps under the run's layout."""
-    from engine.data.batches import BatchPlan
-
-    batch = blueprint.config.batch
-    return BatchPlan(
-        num_rows=num_rows,
-        global_batch_size=blueprint.shape.global_batch_size,
-        micro_batch_size=blueprint.shape.micro_batch_size,
-        data_parallel_size=blueprint.layout.dp,
-        accumulation=blueprint.shape.accumulation,
-        num_train_epochs=batch.num_train_epochs,
-        max_steps=batch.max_steps,
-        seed=blueprint.config.run.seed,
-    )

@@ -10,8 +10,9 @@ from engine.training.curve import Curve, draw_curve, read_curve
 from launch.record import git_revision, versions
 
 _SETTINGS = (
-    "train_type", "torch_dtype", "max_length", "learning_rate", "lr_scheduler_type", "warmup_ratio",
-    "weight_decay", "max_grad_norm", "global_batch_size", "per_device_train_batch_size", "seed",
+    "train_type", "torch_dtype", "max_length", "packing", "learning_rate", "lr_scheduler_type",
+    "warmup_ratio", "weight_decay", "max_grad_norm", "global_batch_size", "per_device_train_batch_size",
+    "seed",
 )  # fmt: skip
 _LORA_SETTINGS = ("adapter", "lora_rank", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config.options import SftConfig
 from engine.config.parse import flatten, help_text, parse
-from launch.blueprint import Blueprint, check_files, draw, plan_batches
+from launch.batching import describe, evaluation_loader, training_loader
+from launch.blueprint import Blueprint, check_files, draw
 from launch.disk import full_disk_named
 from launch.processes import (
     World,
@@ -20,8 +21,9 @@ from launch.processes import (
 )
 
 if TYPE_CHECKING:
-    from engine.data.batches import BatchPlan
+    from engine.data.loader import Loader
     from engine.data.prepare import PreparedData
+    from engine.data.stream import StreamLoader
     from engine.model.provider import BraidGPTModel
     from engine.runtime.mcore import Groups
 
@@ -57,8 +59,9 @@ def _dry_run(blueprint: Blueprint) -> int:
     data.check_vocabulary(blueprint.spec.vocab_size)
     print(yaml.safe_dump(flatten(blueprint.config), sort_keys=False, allow_unicode=True), end="")
     print(blueprint.summary())
-    print(data.summary())
-    print(plan_batches(blueprint, len(data.train)).describe())
+    if summary := data.summary():
+        print(summary)
+    print(describe(training_loader(blueprint, data, dp_rank=0)))
     return 0
 
 
@@ -122,53 +125,31 @@ def share_data(data: "PreparedData | None", blueprint: Blueprint) -> "PreparedDa
 
     from engine.data.prepare import open_prepared, prepare
 
-    fingerprints = [data.fingerprints() if data is not None else None]
+    fingerprints: list[Any] = [data.fingerprints() if data is not None else None]
     dist.broadcast_object_list(fingerprints, src=0)
     if data is None:
         # Without a cache directory that can be written, every process tokenises for itself.
-        data = open_prepared(fingerprints[0] or [])
+        data = open_prepared(fingerprints[0])
         data = data or prepare(blueprint.config.data, blueprint.model_dir, seed=blueprint.config.run.seed)
     return data
 
 
 def train(blueprint: Blueprint, platform: Any, groups: "Groups", data: "PreparedData") -> Path:
     """Put the run together and train; returns the last checkpoint."""
-    from engine.data.batches import evaluation_plan
-    from engine.data.loader import Loader
-    from engine.data.prepare import PAD_ID
+    from engine.data.stream import StreamLoader
     from engine.model.provider import build_chunks
     from engine.training.loop import Trainer
     from engine.training.optimizer import build_optimizer, wrap_data_parallel
     from engine.training.schedule import LearningRate
 
     config, spec, layout, lora = blueprint.config, blueprint.spec, blueprint.layout, blueprint.lora
-    plan = plan_batches(blueprint, len(data.train))
+    train_data = training_loader(blueprint, data, dp_rank=groups.dp_rank)
     if groups.rank == 0:
-        _announce(blueprint, data, plan)
+        _announce(blueprint, data, train_data)
     chunks = build_chunks(spec, layout, platform, config.recompute, groups, lora)
     load_weights(chunks, blueprint, groups)
     models = wrap_data_parallel(chunks, config.optimizer, groups)
     optimizer = build_optimizer(models, config.optimizer, groups, platform.dtype)
-
-    def loader(store: Any, its_plan: "BatchPlan") -> Loader:
-        return Loader(
-            store=store,
-            plan=its_plan,
-            dp_rank=groups.dp_rank,
-            pad_id=PAD_ID,
-            pad_to_multiple_of=layout.tp,
-            num_workers=config.data.dataloader_num_workers,
-        )
-
-    eval_data = None
-    if data.evaluation is not None:
-        eval_plan = evaluation_plan(
-            len(data.evaluation),
-            micro_batch_size=config.batch.per_device_eval_batch_size,
-            data_parallel_size=layout.dp,
-            micro_batches_multiple_of=layout.pp if layout.vpp > 1 else 1,
-        )
-        eval_data = loader(data.evaluation, eval_plan)
     trainer = Trainer(
         config=config,
         flops_per_token=partial(
@@ -178,14 +159,17 @@ def train(blueprint: Blueprint, platform: Any, groups: "Groups", data: "Prepared
         groups=groups,
         models=models,
         optimizer=optimizer,
-        schedule=LearningRate.from_options(config.optimizer, plan.total_steps),
-        train_data=loader(data.train, plan),
-        eval_data=eval_data,
+        schedule=LearningRate.from_options(config.optimizer, train_data.plan.total_steps),
+        train_data=train_data,
+        eval_data=evaluation_loader(blueprint, data, dp_rank=groups.dp_rank),
         output_dir=blueprint.output_dir,
         add_companions=_companions(blueprint),
         started=blueprint.started,
     )
-    return trainer.fit(blueprint.resume)
+    last = trainer.fit(blueprint.resume)
+    if groups.rank == 0 and isinstance(train_data, StreamLoader):
+        print(train_data.report.line("streamed"))
+    return last
 
 
 def load_weights(chunks: Sequence["BraidGPTModel"], blueprint: Blueprint, groups: "Groups") -> None:
@@ -222,21 +206,22 @@ def _companions(blueprint: Blueprint) -> Callable[[Path], Any]:
     return lambda directory: write_adapter_companions(model_dir, directory, config=config, dtype=dtype)
 
 
-def _announce(blueprint: Blueprint, data: "PreparedData", plan: "BatchPlan") -> None:
+def _announce(blueprint: Blueprint, data: "PreparedData", train_data: "Loader | StreamLoader") -> None:
     from launch.record import write_args
 
     blueprint.output_dir.mkdir(parents=True, exist_ok=True)
     write_args(blueprint.output_dir / "args.yaml", flatten(blueprint.config))
     print(blueprint.summary())
-    print(data.summary())
-    print(plan.describe())
+    if summary := data.summary():
+        print(summary)
+    print(describe(train_data))
     asked = blueprint.config.batch.gradient_accumulation_steps
     if blueprint.resume is not None:
         print(f"resuming from {blueprint.resume}")
         if asked is not None and asked != blueprint.shape.accumulation:
             print(
                 f"gradient_accumulation_steps {asked} becomes {blueprint.shape.accumulation}: the run keeps "
-                f"its global batch of {blueprint.shape.global_batch_size} rows"
+                f"its global batch of {blueprint.shape.global_batch_size} {train_data.plan.unit}"
             )
 
 
@@ -257,6 +242,6 @@ def _export(checkpoint: Path, blueprint: Blueprint, data: "PreparedData") -> Non
         blueprint.output_dir,
         flatten(blueprint.config),
         layout=blueprint.layout.summary(),
-        data=data.summary(),
+        data=data.summary() or f"streamed from {', '.join(blueprint.config.data.dataset)}",
         global_batch_size=blueprint.shape.global_batch_size,
     )

@@ -9,7 +9,7 @@ from tests.support.workers import WorkerPool
 
 @pytest.fixture(scope="session")
 def workers() -> Iterator[WorkerPool]:
-    """Four ranks on this machine, started at the first use."""
-    pool = WorkerPool(4)
+    """Up to eight ranks on this machine, started at their first use."""
+    pool = WorkerPool(8)
     yield pool
     pool.close()

@@ -79,11 +79,20 @@ class DataOptions:
     system: str | None = None
     """System message for rows that bring none."""
 
+    streaming: bool = False
+    """Read and tokenise rows while training runs; needs max_steps."""
+
+    shuffle_buffer_size: int = 1000
+    """Rows that a stream holds, packs and shuffles at a time."""
+
     max_length: int = 2048
     """Longest sequence, in tokens."""
 
     truncation_strategy: Literal["delete", "left", "right"] = "delete"
     """What happens to a row longer than max_length: drop it, cut its start, or cut its end."""
+
+    packing: bool = False
+    """Pack rows into sequences of max_length; attention stays within a row. Batch sizes then count packs."""
 
     dataloader_num_workers: int = 1
     """Background threads that assemble micro-batches ahead of the step; 0 assembles them in the step."""
@@ -188,8 +197,10 @@ class ParallelOptions:
     context_parallel_size: int = 1
     """Ranks that share a sequence."""
 
-    cp_comm_type: Literal["all_gather", "a2a", "p2p"] = "all_gather"
-    """How context-parallel ranks exchange keys and values."""
+    cp_comm_type: Literal["all_gather", "a2a", "p2p"] | None = None
+    """How context-parallel ranks exchange: keys and values of all ranks (all_gather), tokens for heads (a2a,
+    Ulysses), or in a ring (p2p, Transformer Engine only). Default: all_gather, with Transformer Engine p2p.
+    """
 
     expert_model_parallel_size: int = 1
     """Ranks that share the experts of a layer."""

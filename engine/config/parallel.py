@@ -32,6 +32,11 @@ class ParallelLayout:
     """Model chunks per pipeline rank; 1 means the plain 1F1B schedule."""
 
     cp: int
+    cp_comm_type: str | None
+    """How context-parallel ranks exchange keys and values; None leaves it to the implementation of the
+    layers.
+    """
+
     dp: int
     sequence_parallel: bool
     layers_per_chunk: tuple[int, ...]
@@ -80,6 +85,7 @@ class ParallelLayout:
             pp=pp,
             vpp=vpp,
             cp=cp,
+            cp_comm_type=options.cp_comm_type,
             dp=world_size // (tp * pp * cp),
             sequence_parallel=sequence_parallel,
             layers_per_chunk=_split_layers(num_layers, pp * vpp, options.decoder_layers_per_stage),
@@ -88,8 +94,6 @@ class ParallelLayout:
     @staticmethod
     def _refuse_unproven(options: ParallelOptions) -> None:
         """A layout whose parity with transformers is not shown by a test is refused, not warned about."""
-        if options.context_parallel_size > 1:
-            raise ConfigError("context_parallel_size > 1 is not available in this version; use 1")
         if options.expert_model_parallel_size > 1 or (options.expert_tensor_parallel_size or 1) > 1:
             raise ConfigError(
                 "expert parallelism needs a mixture-of-experts model, not available in this version; use 1"
@@ -118,6 +122,25 @@ class ParallelLayout:
             return None
         chunks = [["decoder"] * count for count in self.layers_per_chunk]
         return [["embedding", *chunks[0]], *chunks[1:-1], [*chunks[-1], "loss"]]
+
+    def check_cp_comm_type(self, *, has_te: bool) -> None:
+        """Raise ConfigError for an exchange that only Transformer Engine has, where that is not used."""
+        if self.cp > 1 and self.cp_comm_type == "p2p" and not has_te:
+            raise ConfigError("cp_comm_type p2p needs Transformer Engine; use all_gather or a2a")
+
+    @property
+    def document_multiple(self) -> int:
+        """Tokens of a document are padded to a multiple of this: context parallelism cuts it into 2 x CP
+        equal chunks.
+        """
+        return 2 * self.cp if self.cp > 1 else 1
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Tokens of a micro-batch are padded to a multiple of this: sequence parallelism cuts each rank's
+        part.
+        """
+        return self.document_multiple * self.tp
 
     def check_micro_batches(self, accumulation: int) -> None:
         """The interleaved schedule works on groups of pp micro-batches. Raises ConfigError."""

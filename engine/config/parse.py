@@ -32,8 +32,6 @@ ALIASES: Mapping[str, str] = {
 }
 # Options of the contract whose feature does not exist yet: refused by name instead of called unknown.
 NOT_BUILT: Mapping[str, str] = {
-    "packing": "packing",
-    "streaming": "streaming data sets",
     "use_dora": "DoRA",
     "quant_method": "a quantised base (QLoRA)",
     "quant_bits": "a quantised base (QLoRA)",

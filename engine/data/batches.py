@@ -2,15 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 
 from engine.data.template import EncodedRow
 from engine.errors import ConfigError
+
+# Rows of like work are looked for within at most this many global batches: more would hardly make batches
+# more even, and leave less to chance which rows meet.
+_WINDOW_BATCHES = 64
+# Steps looked at to say how even the work is: beyond them the mean hardly moves.
+_STEPS_MEASURED = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,33 +41,51 @@ class MicroBatch:
     max_seqlen: int
     """Tokens of the longest document, padding included."""
 
+    lengths: tuple[int, ...]
+    """Tokens of each row, without padding; empty in a filler."""
+
     num_tokens: int
-    """Tokens of the rows, without padding."""
+    """Sum of `lengths`."""
 
     num_supervised: int
     """Number of True in loss_mask."""
 
 
-def collate(rows: Sequence[EncodedRow], *, pad_id: int, pad_to_multiple_of: int) -> MicroBatch:
+def collate(
+    rows: Sequence[EncodedRow], *, pad_id: int, pad_to_multiple_of: int, pad_rows_to_multiple_of: int = 1
+) -> MicroBatch:
     """Lay `rows` out as one micro-batch, T a multiple of `pad_to_multiple_of`.
 
-    Padding stands at the end as a document of its own, of `pad_id` tokens and without targets. No rows give a
-    filler: such a document of `pad_to_multiple_of` tokens, which keeps ranks in step.
+    Every row is padded at its own end to a multiple of `pad_rows_to_multiple_of`, which must divide
+    `pad_to_multiple_of`; this padding belongs to its document. What T then lacks stands at the end as a
+    document of its own. Padding has the token `pad_id` and no targets. No rows give a filler: a document of
+    `pad_to_multiple_of` tokens of padding, which keeps ranks in step.
     """
+    assert pad_rows_to_multiple_of >= 1
     assert pad_to_multiple_of >= 1
-    num_tokens = sum(map(len, rows))
-    padding = -num_tokens % pad_to_multiple_of if rows else pad_to_multiple_of
-    lengths = [len(row) for row in rows] + ([padding] if padding else [])
-    assert min(lengths) > 0, "a row without tokens"
-    total = num_tokens + padding
+    assert pad_to_multiple_of % pad_rows_to_multiple_of == 0
+    lengths = [len(row) for row in rows]
+    assert all(lengths), "a row without tokens"
+    gaps = [-length % pad_rows_to_multiple_of for length in lengths]
+    documents = [length + gap for length, gap in zip(lengths, gaps, strict=True)]
+    tail = -sum(documents) % pad_to_multiple_of if rows else pad_to_multiple_of
+    documents += [tail] if tail else []
+    cu_seqlens = np.cumsum([0, *documents], dtype=np.int32)
+    starts, lasts, total = cu_seqlens[:-1], cu_seqlens[1:] - 1, int(cu_seqlens[-1])
 
-    tokens = np.full(total, pad_id, dtype=np.int64)
-    targets = np.zeros(total, dtype=bool)
-    if rows:
-        np.concatenate([row.input_ids for row in rows], out=tokens[:num_tokens])
-        np.concatenate([row.supervised for row in rows], out=targets[:num_tokens])
-    cu_seqlens = np.cumsum([0, *lengths], dtype=np.int32)
-    starts, lasts = cu_seqlens[:-1], cu_seqlens[1:] - 1
+    tokens = np.empty(total, dtype=np.int64)
+    targets = np.empty(total, dtype=bool)
+    padding = np.full(max([tail, *gaps]), pad_id, dtype=np.int32)
+    no_targets = np.zeros(len(padding), dtype=bool)
+    ids, supervised = [], []
+    for row, gap in zip(rows, gaps, strict=True):
+        ids.append(row.input_ids)
+        supervised.append(row.supervised)
+        if gap:
+            ids.append(padding[:gap])
+            supervised.append(no_targets[:gap])
+    np.concatenate([*ids, padding[:tail]], out=tokens)
+    np.concatenate([*supervised, no_targets[:tail]], out=targets)
 
     labels = np.roll(tokens, -1)
     labels[lasts] = 0
@@ -71,20 +95,22 @@ def collate(rows: Sequence[EncodedRow], *, pad_id: int, pad_to_multiple_of: int)
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         loss_mask=torch.from_numpy(loss_mask),
-        position_ids=torch.from_numpy(np.arange(total, dtype=np.int64) - np.repeat(starts, lengths)),
+        position_ids=torch.from_numpy(np.arange(total, dtype=np.int64) - np.repeat(starts, documents)),
         cu_seqlens=torch.from_numpy(cu_seqlens),
-        max_seqlen=max(lengths),
-        num_tokens=num_tokens,
+        max_seqlen=max(documents),
+        lengths=tuple(lengths),
+        num_tokens=sum(lengths),
         num_supervised=int(loss_mask.sum()),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """Which rows every step takes, on which rank and in which micro-batch.
+    """Which rows every step takes, on which rank and in which micro-batch. A row may be a pack of rows.
 
-    The rows of a step depend on (seed, step, num_rows, global_batch_size) only: a run goes on unchanged under
-    another data-parallel size or micro-batch size. ConfigError: a field is out of range, or the sizes do not
+    The rows of a step depend on (seed, step, num_rows, global_batch_size, work) only: a run goes on unchanged
+    under another data-parallel size or micro-batch size. Given `work`, rows of like work share a step, and it
+    is dealt evenly to ranks and micro-batches. ConfigError: a field is out of range, or the sizes do not
     multiply up.
     """
 
@@ -115,6 +141,12 @@ class BatchPlan:
     shuffle: bool = True
     """Take the rows in a new order every epoch, or always in theirs."""
 
+    work: np.ndarray | None = field(default=None, compare=False, repr=False)
+    """int64 [num_rows]; attention work of every row. None leaves work out of account; needs `shuffle`."""
+
+    unit: str = "rows"
+    """What the rows are called in messages."""
+
     def __post_init__(self) -> None:
         sizes = ("num_rows", "global_batch_size", "micro_batch_size", "data_parallel_size", "accumulation")
         for name in sizes:
@@ -132,6 +164,10 @@ class BatchPlan:
             raise ConfigError(f"num_train_epochs is {self.num_train_epochs}; it must be above 0")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must be at least 0")
+        if self.work is not None:
+            assert self.shuffle
+            assert self.work.dtype == np.int64
+            assert self.work.shape == (self.num_rows,)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -146,15 +182,26 @@ class BatchPlan:
         # In decimal, as the user wrote it: 0.1 * 30 in floating point is above 3 and would become 4 steps.
         return math.ceil(Fraction(repr(float(self.num_train_epochs))) * self.steps_per_epoch)
 
+    @cached_property
+    def _work_bytes(self) -> bytes:
+        # The order is cached under all that it depends on, so the work has to be hashable.
+        assert self.work is not None
+        return self.work.tobytes()
+
     def row_indices(self, step: int) -> np.ndarray:
-        """Rows of a step (from 0) over all ranks, int64 [<= global_batch_size]; never across an epoch."""
+        """Rows of a step (from 0) over all ranks, int64 [<= global_batch_size]; never across an epoch.
+
+        With `work`, from little to much of it.
+        """
         assert step >= 0
         epoch, within = divmod(step, self.steps_per_epoch)
         start = within * self.global_batch_size
         end = min(start + self.global_batch_size, self.num_rows)
         if not self.shuffle:
             return np.arange(start, end, dtype=np.int64)
-        return _permutation(self.num_rows, self.seed, epoch)[start:end]
+        if self.work is None:
+            return _permutation(self.num_rows, self.seed, epoch)[start:end]
+        return _permutation_by_work(self._work_bytes, self.global_batch_size, self.seed, epoch)[start:end]
 
     def micro_batches(self, step: int, dp_rank: int) -> list[np.ndarray]:
         """Rows of `dp_rank` in a step, by micro-batch: `accumulation` arrays, int64 [<= micro_batch_size].
@@ -163,20 +210,23 @@ class BatchPlan:
         fewer rows than global_batch_size, some arrays are shorter or empty.
         """
         assert 0 <= dp_rank < self.data_parallel_size
-        # Dealt like cards: a short step leaves no rank without rows while another has two more than it.
-        own = self.row_indices(step)[dp_rank :: self.data_parallel_size]
-        return np.array_split(own, self.accumulation)
+        rows = self.row_indices(step)
+        return [rows[cards] for cards in self._dealt(len(rows))[dp_rank]]
+
+    def _dealt(self, count: int) -> list[list[np.ndarray]]:
+        """Which of the `count` rows of a step go into each micro-batch of each rank."""
+        return deal(count, self.data_parallel_size, self.accumulation, evenly=self.work is not None)
 
     def describe(self) -> str:
         """One line that says how rows become steps."""
         last = self.num_rows - (self.steps_per_epoch - 1) * self.global_batch_size
         epochs = f"{self.total_steps / self.steps_per_epoch:.4g}"
         return (
-            f"{self.num_rows} rows, global batch {self.global_batch_size} = "
+            f"{self.num_rows} {self.unit}, global batch {self.global_batch_size} = "
             f"{self.micro_batch_size} (micro-batch) x {self.accumulation} (accumulation) x "
             f"{self.data_parallel_size} (data parallel), "
             f"{self.steps_per_epoch} steps per epoch, {epochs} epochs, {self.total_steps} steps, "
-            f"the last step of an epoch has {last} rows"
+            f"the last step of an epoch has {last} {self.unit}"
         )
 
 
@@ -213,8 +263,85 @@ def evaluation_plan(
     )
 
 
+def imbalance(plan: BatchPlan, work: np.ndarray) -> float:
+    """How uneven `plan` deals `work`, int64 [num_rows], which need not be its own: 1.0 is even.
+
+    The work of the heaviest micro-batch of any rank over the mean one, averaged over the first full steps of
+    the first epoch; of the only step where it is a short one. Fillers do not count.
+    """
+    steps = min(max(plan.num_rows // plan.global_batch_size, 1), _STEPS_MEASURED)
+    steps_of_rows = np.stack([plan.row_indices(step) for step in range(steps)])
+    dealt = plan._dealt(steps_of_rows.shape[1])
+    parts = [cards for micro_batches in dealt for cards in micro_batches if len(cards)]
+    starts = np.cumsum([0, *map(len, parts)])[:-1]
+    loads = np.add.reduceat(work[steps_of_rows[:, np.concatenate(parts)]], starts, axis=1)
+    return float((loads.max(axis=1) / loads.mean(axis=1)).mean())
+
+
+def deal(count: int, ranks: int, parts: int, *, evenly: bool) -> list[list[np.ndarray]]:
+    """Which of `count` rows each rank takes in each of its `parts` micro-batches; `evenly` where they are
+    sorted by work.
+    """
+    return _deal_evenly(count, ranks, parts) if evenly else _deal(count, ranks, parts)
+
+
+def order_by_work(work: np.ndarray, global_batch_size: int, seed: int, part: int) -> np.ndarray:
+    """The order of BatchPlan with `work`, int64 [rows], for the rows of one part of a stream."""
+    return _permutation_by_work(work.tobytes(), global_batch_size, seed, part)
+
+
 @lru_cache(maxsize=2)
 def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     order = np.random.default_rng([seed, epoch]).permutation(num_rows)
     order.flags.writeable = False  # shared by every caller through the cache
     return order
+
+
+@lru_cache(maxsize=2)
+def _permutation_by_work(work_bytes: bytes, global_batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation in which each global batch has rows of like work, from little to much, and a short last
+    batch has rows of any work.
+    """
+    work = np.frombuffer(work_bytes, dtype=np.int64)
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(work))
+    num_full = len(work) // global_batch_size
+    # Rows of a short last batch are left to chance: cut off after sorting, they would be the heaviest ones.
+    full, rest = np.split(order, [num_full * global_batch_size])
+    # At least two windows, or every epoch would have the same batches.
+    num_windows = max(2, -(-num_full // _WINDOW_BATCHES))
+    windows = np.array_split(full.reshape(num_full, global_batch_size), num_windows)
+    batches = np.concatenate([_by_work(window, work) for window in windows])
+    order = np.concatenate([batches[random.permutation(num_full)].ravel(), _by_work(rest, work)])
+    order.flags.writeable = False  # shared by every caller through the cache
+    return order
+
+
+def _by_work(rows: np.ndarray, work: np.ndarray) -> np.ndarray:
+    """The same rows from little to much work, in the same shape."""
+    flat = rows.ravel()
+    return flat[np.argsort(work[flat], kind="stable")].reshape(rows.shape)
+
+
+@lru_cache(maxsize=4)
+def _deal(count: int, ranks: int, parts: int) -> list[list[np.ndarray]]:
+    """Deal cards 0 .. count - 1 to `ranks` one at a time, so that a short step leaves no rank without rows
+    while another has two more than it, and cut each hand into `parts`.
+    """
+    return [np.array_split(np.arange(rank, count, ranks), parts) for rank in range(ranks)]
+
+
+@lru_cache(maxsize=4)
+def _deal_evenly(count: int, ranks: int, parts: int) -> list[list[np.ndarray]]:
+    """Deal cards 0 .. count - 1 to `ranks` back and forth, and each hand to its `parts` in the same way.
+
+    Where cards are sorted, neighbours land in parts of the same index, and sums over hands are close.
+    """
+    hands = _back_and_forth(np.arange(count), ranks)
+    return [_back_and_forth(hand, parts) for hand in hands]
+
+
+def _back_and_forth(cards: np.ndarray, hands: int) -> list[np.ndarray]:
+    rounds, place = np.divmod(np.arange(len(cards)), hands)
+    owner = np.where(rounds % 2, hands - 1 - place, place)
+    return [cards[owner == hand] for hand in range(hands)]

@@ -20,12 +20,15 @@ PAD_ID = 0
 class PreparedData:
     """The rows of a run as tokens."""
 
-    train: TokenStore
+    train: TokenStore | None
+    """None where the training rows are streamed."""
+
     evaluation: TokenStore | None
 
-    def fingerprints(self) -> list[str]:
+    def fingerprints(self) -> tuple[str | None, str | None]:
         """What another process needs to open the same stores from the cache."""
-        return [store.fingerprint for store in (self.train, self.evaluation) if store is not None]
+        train, evaluation = (None if s is None else s.fingerprint for s in (self.train, self.evaluation))
+        return train, evaluation
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError if the tokenizer makes ids that the model's embedding does not have."""
@@ -38,15 +41,8 @@ class PreparedData:
 
     def summary(self) -> str:
         """How rows became sequences, a line for each store."""
-        lines = []
-        for name, store in (("train", self.train), ("eval", self.evaluation)):
-            if store is not None:
-                r = store.report
-                lines.append(
-                    f"{name}: {r.rows} rows -> {r.kept} sequences ({r.deleted} left out, {r.truncated} cut), "
-                    f"{r.tokens:,} tokens, {r.supervised_tokens:,} supervised, longest {r.longest}"
-                )
-        return "\n".join(lines)
+        stores = {"train": self.train, "eval": self.evaluation}
+        return "\n".join(store.report.line(name) for name, store in stores.items() if store is not None)
 
 
 def cache_root() -> Path:
@@ -63,6 +59,10 @@ def check_options(options: DataOptions) -> None:
         raise ConfigError(f"split_dataset_ratio must be in [0, 1), not {options.split_dataset_ratio}")
     if options.max_length < 2:
         raise ConfigError(f"max_length must be at least 2, not {options.max_length}")
+    if options.shuffle_buffer_size < 1:
+        raise ConfigError(f"shuffle_buffer_size must be at least 1, not {options.shuffle_buffer_size}")
+    if options.streaming and options.split_dataset_ratio > 0:
+        raise ConfigError("split_dataset_ratio needs all rows at once; with streaming give val_dataset")
     if options.dataloader_num_workers < 0:
         raise ConfigError(
             f"dataloader_num_workers must not be negative, not {options.dataloader_num_workers}"
@@ -72,7 +72,7 @@ def check_options(options: DataOptions) -> None:
 def prepare(options: DataOptions, model_dir: str | Path, *, seed: int) -> PreparedData:
     """Read, split, render and tokenise. Raises DataError or ConfigError naming the file and row at fault."""
     check_options(options)
-    rows = load_rows(options.dataset, seed=seed)
+    rows: Sequence[Row] = [] if options.streaming else load_rows(options.dataset, seed=seed)
     held_out: Sequence[Row] = []
     if options.val_dataset:
         held_out = load_rows(options.val_dataset, seed=seed)
@@ -90,16 +90,19 @@ def prepare(options: DataOptions, model_dir: str | Path, *, seed: int) -> Prepar
             cache_dir=cache_root() / "tokens",
         )
 
-    return PreparedData(train=store(rows), evaluation=store(held_out) if held_out else None)
+    return PreparedData(
+        train=None if options.streaming else store(rows), evaluation=store(held_out) if held_out else None
+    )
 
 
-def open_prepared(fingerprints: Sequence[str]) -> PreparedData | None:
+def open_prepared(fingerprints: tuple[str | None, str | None]) -> PreparedData | None:
     """What another process of this machine prepared, or None where the cache does not hold it."""
-    stores = [open_store(cache_root() / "tokens", fingerprint) for fingerprint in fingerprints]
-    if any(store is None for store in stores):
+    stores = [
+        open_store(cache_root() / "tokens", name) if name is not None else None for name in fingerprints
+    ]
+    if any(name is not None and store is None for name, store in zip(fingerprints, stores, strict=True)):
         return None
-    train, *rest = [store for store in stores if store is not None]
-    return PreparedData(train=train, evaluation=rest[0] if rest else None)
+    return PreparedData(train=stores[0], evaluation=stores[1])
 
 
 def load_tokenizer(model_dir: str | Path) -> Any:

@@ -1,8 +1,9 @@
 """Where rows come from: files, directories, hub data sets, and which of their rows are taken."""
 
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,13 +87,30 @@ def load_rows(datasets: Sequence[str], *, seed: int) -> list[Row]:
     rows: list[Row] = []
     for index, text in enumerate(datasets):
         ref = DatasetRef.parse(text)
-        found = _read(ref)
+        found = list(_read(ref))
         if not found:
             raise DataError(f"{ref.name} holds no rows; give a data set with at least one")
         if ref.sample is not None:
             found = [found[i] for i in _sample_indices(len(found), ref.sample, seed=seed, index=index)]
         rows.extend(found)
     return rows
+
+
+def stream_rows(datasets: Sequence[str]) -> Iterator[Row]:
+    """The rows of every data set in turn, read as they are asked for; `name#N` takes the first N.
+
+    DataError: as load_rows, when the reader gets there.
+    """
+    for text in datasets:
+        ref = DatasetRef.parse(text)
+        rows = iter(_read(ref, streaming=True))
+        yield from rows if ref.sample is None else itertools.islice(rows, ref.sample)
+
+
+def dataset_files(dataset: str) -> list[Path]:
+    """The files behind a data set's name; none for a hub id."""
+    path = Path(DatasetRef.parse(dataset).name).expanduser()
+    return _files_in(path) if path.is_dir() else [path] if path.exists() else []
 
 
 def split_rows(rows: Sequence[Row], ratio: float, seed: int) -> Split:
@@ -123,21 +141,25 @@ def _sample_indices(num_rows: int, wanted: int, *, seed: int, index: int) -> lis
     return list(range(num_rows)) * passes + chosen.tolist()
 
 
-def _read(ref: DatasetRef) -> list[Row]:
+def _read(ref: DatasetRef, *, streaming: bool = False) -> Iterable[Row]:
     path = Path(ref.name).expanduser()
     if path.is_dir():
-        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-        files = [entry for entry in entries if entry.suffix.lower() in ROW_SUFFIXES]
+        files = _files_in(path)
         if not files:
             raise DataError(f"directory {ref.name} holds no .jsonl, .json or .parquet file")
-        return [row for file in files for row in _read_file(file)]
+        return itertools.chain.from_iterable(map(_read_file, files))
     if path.exists():
-        return list(_read_file(path))
+        return _read_file(path)
     if ref.looks_like_path:
         raise DataError(f"data set {ref.name} does not exist; check the path")
     if ref.name.count("/") != 1:
         raise DataError(f"data set {ref.name} is neither a file nor a hub id of the form org/name")
-    return _read_hub(ref.name)
+    return _read_hub(ref.name, streaming=streaming)
+
+
+def _files_in(directory: Path) -> list[Path]:
+    entries = sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
+    return [entry for entry in entries if entry.suffix.lower() in ROW_SUFFIXES]
 
 
 def _read_file(path: Path) -> Iterator[Row]:
@@ -189,19 +211,19 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
 
 
-def _read_hub(name: str) -> list[Row]:
+def _read_hub(name: str, *, streaming: bool) -> Iterable[Row]:
     try:
         import datasets
     except ImportError as error:
         raise DataError(f"hub data set {name} needs `pip install datasets`; or pass a local file") from error
     try:
-        table = datasets.load_dataset(name, split="train")
+        table = datasets.load_dataset(name, split="train", streaming=streaming)
     except Exception as error:  # the hub client raises many types, and none is a bug of this program
         raise DataError(
             f"hub data set {name}: the hub could not be reached or has no such data set with a train split "
             f"({type(error).__name__}: {_first_line(error)}); pass a local file"
         ) from error
-    return [_row(name, number, value) for number, value in enumerate(table, start=1)]
+    return (_row(name, number, value) for number, value in enumerate(table, start=1))
 
 
 def _row(source: str, number: int, value: Any) -> Row:

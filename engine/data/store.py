@@ -6,8 +6,10 @@ import logging
 import os
 import shutil
 import uuid
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -54,6 +56,24 @@ class StoreReport:
 
     longest: int
     """Tokens of the longest kept row."""
+
+    @classmethod
+    def empty(cls) -> "StoreReport":
+        """Of no rows."""
+        return cls(**{item.name: 0 for item in fields(cls)})
+
+    def plus(self, other: "StoreReport") -> "StoreReport":
+        """Of the rows of both."""
+        sums = {item.name: getattr(self, item.name) + getattr(other, item.name) for item in fields(self)}
+        return StoreReport(**(sums | {"longest": max(self.longest, other.longest)}))
+
+    def line(self, name: str) -> str:
+        """How the rows of the data set `name` became sequences."""
+        return (
+            f"{name}: {self.rows} rows -> {self.kept} sequences ({self.deleted} left out, "
+            f"{self.truncated} cut), {self.tokens:,} tokens, {self.supervised_tokens:,} supervised, "
+            f"longest {self.longest}"
+        )
 
 
 class TokenStore:
@@ -143,12 +163,26 @@ def build_store(
     if directory is not None and (cached := _load(directory, fingerprint)) is not None:
         return cached
     builder = _Builder(max_length=max_length, strategy=truncation_strategy)
-    for start in range(0, len(rows), _ROWS_PER_BATCH):
-        rendered = [_render(row, template, system) for row in rows[start : start + _ROWS_PER_BATCH]]
-        for encoded in template.tokenize(rendered):
-            builder.add(encoded)
+    builder.add_rows(rows, template, system)
     store = builder.finish(fingerprint)
     return store if directory is None else _save(store, directory)
+
+
+def encode_rows(
+    rows: Sequence[Row],
+    template: ChatTemplate,
+    *,
+    system: str | None,
+    max_length: int,
+    truncation_strategy: TruncationStrategy,
+) -> tuple[TokenStore | None, StoreReport]:
+    """Encode a part of a stream as build_store does, without a cache; None where no row of it is left, and
+    what became of the rows. DataError: a row cannot be used.
+    """
+    builder = _Builder(max_length=max_length, strategy=truncation_strategy)
+    builder.add_rows(rows, template, system)
+    store = builder.finish("") if builder.kept else None
+    return store, builder.report()
 
 
 def open_store(cache_dir: Path, fingerprint: str) -> TokenStore | None:
@@ -162,7 +196,7 @@ class _Builder:
     def __init__(self, *, max_length: int, strategy: TruncationStrategy) -> None:
         self._max_length = max_length
         self._strategy = strategy
-        self._kept: list[EncodedRow] = []
+        self.kept: list[EncodedRow] = []
         self._rows = self._too_long = self._without_target = self._truncated = 0
 
     def add(self, row: EncodedRow) -> None:
@@ -180,40 +214,68 @@ class _Builder:
             self._without_target += 1
             return
         self._truncated += too_long
-        self._kept.append(row)
+        self.kept.append(row)
+
+    def add_rows(self, rows: Sequence[Row], template: ChatTemplate, system: str | None) -> None:
+        """Encode rows and add them."""
+        for encoded in _encode(rows, template, system):
+            self.add(encoded)
+
+    def report(self) -> StoreReport:
+        """What became of the rows so far."""
+        lengths = [len(row) for row in self.kept]
+        return StoreReport(
+            rows=self._rows,
+            kept=len(self.kept),
+            deleted=self._too_long + self._without_target,
+            truncated=self._truncated,
+            tokens=sum(lengths),
+            supervised_tokens=sum(int(np.count_nonzero(row.supervised)) for row in self.kept),
+            longest=max(lengths, default=0),
+        )
 
     def finish(self, fingerprint: str) -> TokenStore:
-        if not self._kept:
+        if not self.kept:
             raise DataError(
                 f"none of the {self._rows} rows is left: {self._too_long} are longer than "
                 f"max_length={self._max_length}, {self._without_target} have no answer; raise max_length"
             )
-        lengths = np.array([len(row) for row in self._kept], dtype=np.int64)
-        supervised = np.concatenate([row.supervised for row in self._kept])
-        report = StoreReport(
-            rows=self._rows,
-            kept=len(self._kept),
-            deleted=self._too_long + self._without_target,
-            truncated=self._truncated,
-            tokens=int(lengths.sum()),
-            supervised_tokens=int(supervised.sum()),
-            longest=int(lengths.max()),
-        )
+        lengths = np.array([len(row) for row in self.kept], dtype=np.int64)
         return TokenStore(
-            input_ids=np.concatenate([row.input_ids for row in self._kept]),
-            supervised=supervised,
+            input_ids=np.concatenate([row.input_ids for row in self.kept]),
+            supervised=np.concatenate([row.supervised for row in self.kept]),
             offsets=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)]),
             fingerprint=fingerprint,
-            report=report,
+            report=self.report(),
         )
 
 
-def _render(row: Row, template: ChatTemplate, system: str | None) -> RenderedRow:
-    messages = to_messages(row, system=system)
+def _encode(rows: Sequence[Row], template: ChatTemplate, system: str | None) -> Iterator[EncodedRow]:
+    """The rows in order. While a batch is tokenised, which needs no interpreter, the next one is rendered."""
+    with ThreadPoolExecutor(1, thread_name_prefix="braid-tokens") as pool:
+        ahead: deque[Future[list[EncodedRow]]] = deque()
+        for start in range(0, len(rows), _ROWS_PER_BATCH):
+            rendered = _render(rows[start : start + _ROWS_PER_BATCH], template, system)
+            ahead.append(pool.submit(template.tokenize, rendered))
+            if len(ahead) > 1:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
+
+
+def _render(rows: Sequence[Row], template: ChatTemplate, system: str | None) -> list[RenderedRow]:
+    conversations = [to_messages(row, system=system) for row in rows]
     try:
-        return template.render(messages)
-    except DataError as error:
-        raise DataError(f"{row.place}: {error}") from error
+        return template.render_many(conversations)
+    except DataError:
+        # One of them: the rows one by one tell which.
+        rendered = []
+        for row, messages in zip(rows, conversations, strict=True):
+            try:
+                rendered.append(template.render(messages))
+            except DataError as error:
+                raise DataError(f"{row.place}: {error}") from error
+        return rendered
 
 
 def _fingerprint(
@@ -227,9 +289,10 @@ def _fingerprint(
         "extra": list(extra),
     }
     digest.update(json.dumps(head, sort_keys=True).encode())
+    encode = json.JSONEncoder(default=repr).encode
     for row in rows:
         # Keys are not sorted: their order shows in rendered tool calls. One value a line keeps rows apart.
-        digest.update(b"\n" + json.dumps(row.value, default=repr).encode())
+        digest.update(b"\n" + encode(row.value).encode())
     return digest.hexdigest()
 
 

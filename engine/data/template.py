@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +72,32 @@ class TurnMarkers:
     """Text that closes every assistant turn, `<|im_end|>` in ChatML."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Spelling:
+    """What the tokens of a byte-level tokenizer stand for."""
+
+    pieces: list[bytes]
+    """The bytes of every id; empty where there is no such token."""
+
+    lengths: np.ndarray
+    """int64 [ids]; number of bytes."""
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerFast") -> "_Spelling":
+        # Vocabularies show bytes as printable characters: those of the other bytes follow at U+0100.
+        shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+        hidden = [byte for byte in range(256) if byte not in shown]
+        byte_of = {256 + place: byte for place, byte in enumerate(hidden)}
+        vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+        pieces = [b""] * (max([*vocabulary.values(), *added]) + 1)
+        for token, index in vocabulary.items():
+            # Tokens outside this alphabet are added ones, or make no text; either way no row is misread.
+            pieces[index] = token.translate(byte_of).encode("latin-1", errors="ignore")
+        for index, content in added.items():
+            pieces[index] = content.content.encode()
+        return cls(pieces=pieces, lengths=np.array([len(piece) for piece in pieces], dtype=np.int64))
+
+
 class ChatTemplate:
     """Renders and tokenises conversations with the chat template of a fast tokenizer.
 
@@ -107,11 +133,11 @@ class ChatTemplate:
 
     def encode(self, messages: Sequence[Message]) -> EncodedRow:
         """Token ids and targets of one conversation. DataError: see `render`."""
-        return self.tokenize([self.render(messages)])[0]
+        return self.encode_many([messages])[0]
 
     def encode_many(self, conversations: Sequence[Sequence[Message]]) -> list[EncodedRow]:
         """`encode` for many conversations, tokenised in one batch. DataError: see `render`."""
-        return self.tokenize([self.render(messages) for messages in conversations])
+        return self.tokenize(self.render_many(conversations))
 
     def render(self, messages: Sequence[Message]) -> RenderedRow:
         """The text of a conversation and the spans of its answers.
@@ -119,22 +145,37 @@ class ChatTemplate:
         DataError: the template raises, the text is not valid Unicode, or the answers cannot be told apart in
         it.
         """
-        plain = [message.as_dict() for message in messages]
-        text = self._apply(plain)
+        return self.render_many([messages])[0]
+
+    def render_many(self, conversations: Sequence[Sequence[Message]]) -> list[RenderedRow]:
+        """`render` for many conversations, which is faster. DataError: see `render`, for any of them."""
+        if not conversations:
+            return []
+        plain = [[message.as_dict() for message in messages] for messages in conversations]
+        return [
+            self._with_answers(messages, text)
+            for messages, text in zip(plain, self._apply_many(plain), strict=True)
+        ]
+
+    def _with_answers(self, plain: list[dict[str, Any]], text: str) -> RenderedRow:
+        """The answers of the conversation `plain` in its rendered text. DataError: see `render`."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise DataError("contains half of a surrogate pair; mend the text") from error
         # Contents that quote a marker would be taken for turns, so the turns are looked for in a rendering
         # without the quotes. Its characters stand at the same places.
-        unquoted = [{**self._mask(message), "role": message["role"]} for message in plain]
-        masked = text if unquoted == plain else self._apply(unquoted)
-        if masked is not text and not _same_but_masked(text, masked):
-            raise DataError(
-                "a message quotes the chat template's markers, and the template changes with them"
-            )
+        masked = text
+        if any(
+            self._has_marker(value) for message in plain for key, value in message.items() if key != "role"
+        ):
+            masked = self._apply([{**self._mask(message), "role": message["role"]} for message in plain])
+            if not _same_but_masked(text, masked):
+                raise DataError(
+                    "a message quotes the chat template's markers, and the template changes with them"
+                )
         answers = self._find_answers(masked)
-        expected = sum(message.role == "assistant" for message in messages)
+        expected = sum(message["role"] == "assistant" for message in plain)
         if len(answers) != expected:
             raise DataError(
                 f"the chat template wrote {len(answers)} assistant turns for {expected} assistant messages; "
@@ -149,37 +190,58 @@ class ChatTemplate:
         """
         if not rows:
             return []
-        batch = self._tokenizer(
-            [row.text for row in rows],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
+        # Without offsets the backend is a third faster. Its truncation and padding were switched off when the
+        # offsets were checked.
+        encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(
+            [row.text for row in rows], add_special_tokens=False
         )
-        encoded = []
-        for row, ids, offsets in zip(rows, batch["input_ids"], batch["offset_mapping"], strict=True):
-            flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
-            bounds = flat.reshape(-1, 2)
-            supervised = np.zeros(len(ids), dtype=bool)
-            for answer in row.answers:
-                first = np.searchsorted(bounds[:, 0], answer.start, side="left")
-                behind = np.searchsorted(bounds[:, 1], answer.end, side="right")
-                supervised[first:behind] = True
-            encoded.append(EncodedRow(input_ids=np.asarray(ids, dtype=np.int32), supervised=supervised))
-        return encoded
+        return [self._with_targets(row, encoding.ids) for row, encoding in zip(rows, encodings, strict=True)]
+
+    def _with_targets(self, row: RenderedRow, ids: list[int]) -> EncodedRow:
+        input_ids, answers, encoded = np.array(ids, dtype=np.int32), row.answers, row.text.encode()
+        if b"".join(map(self._spelling.pieces.__getitem__, ids)) == encoded:
+            # The tokens spell the text, so their lengths say where in it they are.
+            lengths = self._spelling.lengths[input_ids]
+            ends = np.cumsum(lengths)
+            starts = ends - lengths
+            if len(encoded) != len(row.text):
+                answers = tuple(_in_bytes(row.text, answer) for answer in answers)
+        else:
+            # A normalizer has changed the text: the tokenizer tells where the tokens come from.
+            found = self._tokenizer(row.text, add_special_tokens=False, return_offsets_mapping=True)
+            starts, ends = np.array(found["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        supervised = np.zeros(len(ids), dtype=bool)
+        for answer in answers:
+            supervised[starts.searchsorted(answer.start) : ends.searchsorted(answer.end, "right")] = True
+        return EncodedRow(input_ids=input_ids, supervised=supervised)
+
+    @cached_property
+    def _spelling(self) -> "_Spelling":
+        return _Spelling.of(self._tokenizer)
 
     def _apply(self, messages: list[dict[str, Any]], *, generation_prompt: bool = False) -> str:
+        return self._apply_many([messages], generation_prompt=generation_prompt)[0]
+
+    def _apply_many(
+        self, conversations: list[list[dict[str, Any]]], *, generation_prompt: bool = False
+    ) -> list[str]:
         try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=generation_prompt
-                )
+            texts = self._tokenizer.apply_chat_template(
+                conversations, tokenize=False, add_generation_prompt=generation_prompt
             )
         except (
             Exception
         ) as error:  # a template is a foreign program: whatever it raises is about the messages
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"the chat template refuses the messages: {reason}") from error
+        return [str(text) for text in texts]
+
+    def _has_marker(self, value: Any) -> bool:
+        if isinstance(value, str):
+            return self._marker_pattern.search(value) is not None
+        if isinstance(value, Mapping):
+            return any(self._has_marker(key) or self._has_marker(item) for key, item in value.items())
+        return isinstance(value, list | tuple) and any(map(self._has_marker, value))
 
     def _mask(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -260,6 +322,12 @@ def _common_prefix(*texts: str) -> str:
     while all(text[length : length + 1] == texts[0][length : length + 1] != "" for text in texts):
         length += 1
     return texts[0][:length]
+
+
+def _in_bytes(text: str, span: Span) -> Span:
+    """A span of characters as a span of the bytes of the text in UTF-8."""
+    start = len(text[: span.start].encode())
+    return Span(start=start, end=start + len(text[span.start : span.end].encode()))
 
 
 def _masked(match: re.Match[str]) -> str:

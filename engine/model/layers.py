@@ -13,6 +13,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from engine.model.attention import Segments, attend
+from engine.model.context_parallel import ContextParallel
 from engine.model.spec import RopeSpec
 
 
@@ -22,11 +24,17 @@ class DocumentParams(PackedSeqParams):
     every stage.
     """
 
-    lengths: tuple[int, ...] = ()
-    """Tokens of each document, on the host, so that no layer waits for the device to learn them."""
+    segments: Segments | None = None
+    """Which queries of this rank see which keys, with sizes on the host, so that no layer waits for the
+    device to learn them.
+    """
+
+    context_parallel: ContextParallel | None = None
+    """None where this rank has all tokens."""
 
     cos: Tensor | None = None
-    """[T, 1, D] in the model's dtype; positions restart at 0 in every document."""
+    """[T, 1, D] in the model's dtype for the tokens of this rank; positions restart at 0 in every document.
+    """
 
     sin: Tensor | None = None
 
@@ -109,7 +117,7 @@ def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal grouped-query attention over packed documents on torch's scaled_dot_product_attention.
+    """Causal grouped-query attention over packed documents with torch's kernels, context-parallel or not.
 
     Rotary embedding is applied here, by position id, instead of in Megatron's attention, which knows only
     positions that run through the whole micro-batch.
@@ -137,20 +145,15 @@ class CoreAttention(torch.nn.Module):
         assert packed_seq_params is not None
         assert packed_seq_params.cos is not None
         assert packed_seq_params.sin is not None
-        query_TND = apply_rotary(query_TND, packed_seq_params.cos, packed_seq_params.sin)
-        key_TND = apply_rotary(key_TND, packed_seq_params.cos, packed_seq_params.sin)
-        lengths = packed_seq_params.lengths
-        if len(set(lengths)) == 1:
-            out = self._attend(query_TND, key_TND, value_TND, len(lengths))
-        else:
-            parts = (part.split(lengths) for part in (query_TND, key_TND, value_TND))
-            out = torch.cat([self._attend(q, k, v, 1) for q, k, v in zip(*parts, strict=True)])
-        return out.flatten(1)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, documents: int) -> Tensor:
-        """`documents` documents of one length, one after another: [T, N, D] -> [T, N, D]."""
-        q, k, v = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return out.transpose(1, 2).flatten(0, 1)
+        query = apply_rotary(query_TND, packed_seq_params.cos, packed_seq_params.sin)
+        key = apply_rotary(key_TND, packed_seq_params.cos, packed_seq_params.sin)
+        cp, segments = packed_seq_params.context_parallel, packed_seq_params.segments
+        assert segments is not None
+        if cp is None:
+            return attend(query, key, value_TND, segments, self.softmax_scale).flatten(1)
+        if cp.by_heads:
+            query, key, value = (cp.tokens_to_heads(x) for x in (query, key, value_TND))
+            return cp.heads_to_tokens(attend(query, key, value, segments, self.softmax_scale)).flatten(1)
+        # One exchange for keys and values together.
+        key, value = cp.gather_tokens(torch.stack((key, value_TND), dim=1)).unbind(1)
+        return attend(query, key, value, segments, self.softmax_scale).flatten(1)

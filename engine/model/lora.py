@@ -288,6 +288,6 @@ def adapter_state(chunk: "BraidGPTModel", layers: range, groups: mcore.Groups) -
             adapter.name,
             adapter.parameter,
             *offsets,
-            replica_id=(0, 0 if cut else groups.tp_rank, groups.dp_rank),
+            replica_id=(0, 0 if cut else groups.tp_rank, groups.dp_cp_rank),
         )
     return state

@@ -101,14 +101,14 @@ def transformer_config(
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "pipeline_model_parallel_layout": layout.megatron_layout(),
         "context_parallel_size": layout.cp,
+        "cp_comm_type": layout.cp_comm_type or ("p2p" if platform.use_te else None),
         "sequence_parallel": layout.sequence_parallel,
         "params_dtype": platform.dtype,
         "pipeline_dtype": platform.dtype,
         "bf16": platform.dtype == torch.bfloat16,
         "fp16": platform.dtype == torch.float16,
-        # Micro-batches are as long as their rows; pipeline stages exchange the shape first.
+        # Pipeline stages exchange shapes first; Megatron refuses its default dispatcher beside this.
         "variable_seq_lengths": True,
-        # Without effect on a dense model; Megatron refuses its default together with variable_seq_lengths.
         "moe_token_dispatcher_type": "alltoall",
         # Batched sends and receives of an interleaved schedule over two ranks would pair up wrongly.
         "overlap_p2p_comm": layout.vpp > 1,
@@ -238,6 +238,7 @@ def build_chunks(
     With `lora` they are frozen but for its adapters.
     """
     spec.check_tensor_parallel(layout.tp)
+    layout.check_cp_comm_type(has_te=platform.use_te)
     config = transformer_config(spec, layout, platform, recompute)
     chunks = []
     for index, vp_stage in enumerate(mcore.virtual_stages(layout)):

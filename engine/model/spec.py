@@ -113,6 +113,19 @@ class ModelSpec:
                 f"{self.num_query_groups} nor is a multiple of it; choose another degree"
             )
 
+    def check_context_parallel(self, tp_size: int, cp_size: int, comm_type: str | None) -> None:
+        """Raise ConfigError unless the heads of a tensor-parallel rank can be dealt to its context-parallel
+        ranks, where they exchange tokens for heads.
+        """
+        if cp_size == 1 or comm_type != "a2a":
+            return
+        heads, groups = self.num_attention_heads // tp_size, max(1, self.num_query_groups // tp_size)
+        if heads % cp_size or (groups % cp_size and cp_size % groups):
+            raise ConfigError(
+                f"cp_comm_type a2a deals {heads} heads and {groups} key/value heads of a tensor-parallel "
+                f"rank to context_parallel_size {cp_size} ranks, which does not come out even; use all_gather"
+            )
+
 
 def read_hf_config(model_dir: str | Path) -> dict[str, Any]:
     """The parsed `config.json` of a model directory. Raises ModelError if it is missing or not a JSON

@@ -31,10 +31,18 @@ class Groups:
     tp_rank: int
     pp_rank: int
     dp_rank: int
+    """Index of the replica; the context-parallel ranks of a replica share it."""
+
+    cp_rank: int
+    dp_cp_rank: int
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
     """Data-parallel replicas with the same tensor, pipeline and context rank."""
+
+    cp: dist.ProcessGroup
+    dp_cp: dist.ProcessGroup
+    """All ranks with the same weights: gradients are reduced and optimizer states sharded over them."""
 
     @property
     def is_last_stage(self) -> bool:
@@ -42,7 +50,7 @@ class Groups:
 
     @property
     def reports_loss(self) -> bool:
-        """One rank per data-parallel replica, on the stage that computes the loss."""
+        """The ranks whose losses, added up, are the global batch's: one for each part of its tokens."""
         return self.is_last_stage and self.tp_rank == 0
 
 
@@ -65,6 +73,8 @@ def initialize(
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
+        # Second groups over gloo, for a way of saving that is not used here.
+        create_gloo_process_groups=False,
     )
     seed_everything(seed)
     return Groups(
@@ -73,9 +83,13 @@ def initialize(
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=False),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        dp_cp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(with_context_parallel=False),
+        cp=parallel_state.get_context_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
     )
 
 

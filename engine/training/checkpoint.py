@@ -123,8 +123,8 @@ def _sharded_state(
         sharded["rng"] = ShardedObject(
             "rng",
             mcore.rng_state(),
-            (layout.pp, layout.dp, layout.tp),
-            (groups.pp_rank, groups.dp_rank, groups.tp_rank),
+            (layout.pp, layout.dp, layout.cp, layout.tp),
+            (groups.pp_rank, groups.dp_rank, groups.cp_rank, groups.tp_rank),
             replica_id=0,
         )
     return sharded

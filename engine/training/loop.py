@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from engine.config.options import SftConfig
 from engine.config.parse import flatten
 from engine.data.loader import Loader
+from engine.data.stream import StreamLoader
 from engine.runtime.mcore import Groups
 from engine.runtime.platform import Platform
 from engine.training.checkpoint import layout_degrees, load_checkpoint, save_checkpoint
@@ -37,7 +38,7 @@ class Trainer:
     models: Sequence[DistributedDataParallel]
     optimizer: Any
     schedule: LearningRate
-    train_data: Loader
+    train_data: Loader | StreamLoader
     eval_data: Loader | None
     output_dir: Path
     add_companions: Callable[[Path], Any]
@@ -71,16 +72,19 @@ class Trainer:
     def _run(self, state: TrainerState, resume: Path | None, log: MetricsLog, display: Display) -> Path:
         run, plan = self.config.run, self.train_data.plan
         speed = Throughput(self.platform, self.groups.layout.world_size, self.started)
-        tokens, last = state.tokens, resume
-        for batch in self.train_data.steps(state.step):
+        tokens, last, waited = state.tokens, resume, 0.0
+        for batch in self.train_data.steps(state.step, state.stream):
             step = batch.step + 1
             learning_rate = self.schedule(batch.step)
             set_learning_rate(self.optimizer, learning_rate, self.config.optimizer.weight_decay)
-            result = train_step(self.models, self.optimizer, batch.micro_batches, self.platform.device)
+            result = train_step(
+                self.models, self.optimizer, batch.micro_batches, self.groups, self.platform.device
+            )
             totals = global_totals(
                 result.losses, result.micro_batches, self.flops_per_token, self.groups, self.platform.device
             )
             tokens += totals.tokens
+            waited += batch.wait_s
             speed.add(totals)
             display.advance(step)
             if not result.updated:
@@ -93,17 +97,19 @@ class Trainer:
                     "grad_norm": result.grad_norm,
                     "tokens": tokens,
                     **speed.take(steps_left=plan.total_steps - step),
+                    "data_wait_s": round(waited, 4),
                 }
+                waited = 0.0
                 log.write(record)
                 display.record(record)
             paused = time.monotonic()
             if self._due(step, run.eval_steps):
                 self._evaluate(step, log, display)
             if step == plan.total_steps or (run.save_steps and step % run.save_steps == 0):
-                last = self._save(step, tokens)
+                last = self._save(step, tokens, batch.position)
             speed.pause(time.monotonic() - paused)
         # A run of no steps is saved as it started, so that it can be exported.
-        return last or self._save(0, tokens)
+        return last or self._save(0, tokens, None)
 
     def _due(self, step: int, every: int | None) -> bool:
         if self.eval_data is None:
@@ -124,8 +130,8 @@ class Trainer:
         log.write(record)
         display.line(f"step {step}  eval loss {totals.loss:.4f}")
 
-    def _save(self, step: int, tokens: int) -> Path:
-        state = self._state_at(step=step, tokens=tokens)
+    def _save(self, step: int, tokens: int, stream: dict[str, int] | None) -> Path:
+        state = self._state_at(step=step, tokens=tokens, stream=stream)
         with parameters_gathered(self.models):
             return save_checkpoint(
                 self.output_dir,
@@ -137,17 +143,18 @@ class Trainer:
                 keep=self.config.run.save_total_limit,
             )
 
-    def _state_at(self, *, step: int, tokens: int) -> TrainerState:
+    def _state_at(self, *, step: int, tokens: int, stream: dict[str, int] | None = None) -> TrainerState:
         plan = self.train_data.plan
         return TrainerState(
             step=step,
             total_steps=plan.total_steps,
             global_batch_size=plan.global_batch_size,
             num_rows=plan.num_rows,
-            data_fingerprint=self.train_data.store.fingerprint,
+            data_fingerprint=self.train_data.fingerprint,
             seed=self.config.run.seed,
             tokens=tokens,
             layout=layout_degrees(self.groups),
+            stream=stream,
         )
 
 

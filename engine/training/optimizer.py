@@ -20,7 +20,7 @@ def wrap_data_parallel(
     chunks: Sequence[BraidGPTModel], options: OptimizerOptions, groups: mcore.Groups
 ) -> list[DistributedDataParallel]:
     """Gradient buffers in fp32, reduced over the data-parallel ranks while the backward pass runs."""
-    overlap = groups.layout.dp > 1
+    overlap = groups.layout.dp * groups.layout.cp > 1
     values = {
         "grad_reduce_in_fp32": True,
         "use_distributed_optimizer": options.use_distributed_optimizer,
@@ -64,7 +64,7 @@ def build_optimizer(
         # With no limit the norm is still computed and reported, and nothing is scaled.
         "clip_grad": options.max_grad_norm if options.max_grad_norm > 0 else float("inf"),
         "use_distributed_optimizer": options.use_distributed_optimizer,
-        "overlap_param_gather": groups.layout.dp > 1 and _overlaps_param_gather(options),
+        "overlap_param_gather": groups.layout.dp * groups.layout.cp > 1 and _overlaps_param_gather(options),
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "params_dtype": dtype,
@@ -74,7 +74,7 @@ def build_optimizer(
         "initial_loss_scale": 2.0**8,
     }
     config = OptimizerConfig(**mcore.known_fields(OptimizerConfig, values))
-    optimizer = get_megatron_optimizer(config, list(models))
+    optimizer = get_megatron_optimizer(config, list(models), use_gloo_process_groups=False)
     _connect_schedules(models, optimizer)
     return optimizer
 

@@ -32,6 +32,10 @@ class TrainerState:
     layout: dict[str, int]
     """Degrees under which the checkpoint was written."""
 
+    stream: dict[str, int] | None = None
+    """Where a stream of rows stands (engine.data.stream.StreamPosition); None of rows that are not streamed.
+    """
+
     @classmethod
     def read(cls, checkpoint: Path) -> "TrainerState":
         """Raises CheckpointError if `checkpoint` is not a complete training checkpoint."""
@@ -58,8 +62,7 @@ class TrainerState:
             if mine != its:
                 raise CheckpointError(
                     f"{checkpoint} belongs to a run with another {what} ({mine}, now {its}); resume with "
-                    f"the data set, "
-                    f"template, max_length and seed of that run"
+                    f"the data set, template, max_length, packing and seed of that run"
                 )
 
 

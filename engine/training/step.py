@@ -1,6 +1,5 @@
 """One optimizer step and one evaluation pass through Megatron's pipeline schedules."""
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from engine.data.batches import MicroBatch
+from engine.model.attention import Segments
+from engine.model.context_parallel import ContextParallel, shard_positions
 from engine.model.layers import DocumentParams
 from engine.runtime.mcore import Groups
 
@@ -31,29 +32,61 @@ class DeviceBatch:
     documents: DocumentParams
 
     @classmethod
-    def place(cls, batch: MicroBatch, device: torch.device) -> "DeviceBatch":
-        """Copy a micro-batch to `device` without waiting for it."""
+    def place(cls, batch: MicroBatch, groups: Groups, device: torch.device) -> "DeviceBatch":
+        """Copy this rank's part of a micro-batch to `device` without waiting for it: under context
+        parallelism its chunks of every document, otherwise all tokens.
+        """
+        layout = groups.layout
+        lengths = batch.cu_seqlens.diff().tolist()
+        own = None
+        if layout.cp > 1:
+            own = shard_positions(lengths, groups.cp_rank, layout.cp)
 
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=True)
+            part = tensor if own is None else tensor[own]
+            return part.to(device, non_blocking=True)[None]
 
-        boundaries = batch.cu_seqlens.tolist()
-        cu_seqlens = move(batch.cu_seqlens)
+        supervised = batch.num_supervised if own is None else int(batch.loss_mask[own].sum())
         return cls(
-            tokens=move(batch.tokens)[None],
-            labels=move(batch.labels)[None],
-            position_ids=move(batch.position_ids)[None],
-            loss_mask=move(batch.loss_mask)[None].float(),
-            num_supervised=move(torch.tensor(batch.num_supervised, dtype=torch.int32)),
-            documents=DocumentParams(
-                qkv_format="thd",
-                cu_seqlens_q=cu_seqlens,
-                cu_seqlens_kv=cu_seqlens,
-                max_seqlen_q=batch.max_seqlen,
-                max_seqlen_kv=batch.max_seqlen,
-                lengths=tuple(stop - start for start, stop in itertools.pairwise(boundaries)),
-            ),
+            tokens=move(batch.tokens),
+            labels=move(batch.labels),
+            position_ids=move(batch.position_ids),
+            loss_mask=move(batch.loss_mask).float(),
+            num_supervised=torch.tensor(supervised, dtype=torch.int32).to(device, non_blocking=True),
+            documents=_document_params(batch, lengths, groups, device),
         )
+
+
+def _document_params(
+    batch: MicroBatch, lengths: Sequence[int], groups: Groups, device: torch.device
+) -> DocumentParams:
+    """What every attention layer must know of the documents; `lengths` include padding."""
+    layout, cp = groups.layout, None
+    if layout.cp > 1:
+        cp = ContextParallel.of(
+            lengths,
+            group=groups.cp,
+            rank=groups.cp_rank,
+            size=layout.cp,
+            by_heads=layout.cp_comm_type == "a2a",
+            device=device,
+        )
+    chunked = cp is not None and not cp.by_heads
+    cu_seqlens = batch.cu_seqlens.to(device, non_blocking=True)
+    return DocumentParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        # Transformer Engine wants to know where documents lie; their padding is as good as a token to it.
+        cu_seqlens_q_padded=cu_seqlens,
+        cu_seqlens_kv_padded=cu_seqlens,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
+        segments=Segments.chunks(lengths, groups.cp_rank, layout.cp, device)
+        if chunked
+        else Segments.documents(lengths, device),
+        context_parallel=cp,
+    )
 
 
 def forward_step(iterator: Iterator[DeviceBatch], model: Any) -> tuple[Tensor, Callable[[Tensor], Any]]:
@@ -103,6 +136,7 @@ class StepResult:
 def run_pipeline(
     models: Sequence[DistributedDataParallel],
     batches: Sequence[MicroBatch],
+    groups: Groups,
     *,
     device: torch.device,
     forward_only: bool,
@@ -110,7 +144,7 @@ def run_pipeline(
     """Run all micro-batches through the schedule of the layout; loss sums on the last stage, an empty list
     elsewhere.
     """
-    placed = [DeviceBatch.place(batch, device) for batch in batches]
+    placed = [DeviceBatch.place(batch, groups, device) for batch in batches]
     iterators = [iter(placed) for _ in models]
     single = len(models) == 1
     return get_forward_backward_func()(
@@ -129,6 +163,7 @@ def train_step(
     models: Sequence[DistributedDataParallel],
     optimizer: Any,
     batches: Sequence[MicroBatch],
+    groups: Groups,
     device: torch.device,
 ) -> StepResult:
     """Forward, backward, gradient reduction, clipping and update for this rank's share of one global
@@ -137,7 +172,7 @@ def train_step(
     for model in models:
         model.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = run_pipeline(models, batches, device=device, forward_only=False)
+    losses = run_pipeline(models, batches, groups, device=device, forward_only=False)
     updated, grad_norm, _ = optimizer.step()
     return StepResult(
         losses=losses,
@@ -162,13 +197,11 @@ def global_totals(
     if groups.reports_loss:
         if losses:
             sums[0] = torch.stack(list(losses)).double().sum()
-        for batch in batches:
-            boundaries = batch.cu_seqlens.tolist()
-            # The tail that pads a micro-batch is a document too: real tokens come first.
-            lengths = [min(stop, batch.num_tokens) - start for start, stop in itertools.pairwise(boundaries)]
+        # Context-parallel ranks have losses of their own, of the same batches.
+        for batch in batches if groups.cp_rank == 0 else ():
             sums[1] += batch.num_supervised
             sums[2] += batch.num_tokens
-            sums[3] += sum(n * flops_per_token(n) for n in lengths if n > 0)
+            sums[3] += sum(n * flops_per_token(n) for n in batch.lengths)
     dist.all_reduce(sums)
     loss, supervised, tokens, flops = sums.tolist()
     return StepTotals(
@@ -193,7 +226,7 @@ def evaluate(
     losses: list[Tensor] = []
     seen: list[MicroBatch] = []
     for batches in steps:
-        losses += run_pipeline(models, batches, device=device, forward_only=True)
+        losses += run_pipeline(models, batches, groups, device=device, forward_only=True)
         seen += batches
     for model in models:
         model.train()

@@ -134,8 +134,8 @@ def _braid(case: Case, model_dir: str) -> None:
     def step() -> None:
         batches = [collate(part, pad_id=0, pad_to_multiple_of=1) for part in parts]
         set_learning_rate(optimizer, 1e-4, options.weight_decay)
-        result = train_step(models, optimizer, batches, platform.device)
-        global_totals(result.losses, batches, spec, groups, platform.device)
+        result = train_step(models, optimizer, batches, groups, platform.device)
+        global_totals(result.losses, batches, spec.train_flops_per_token, groups, platform.device)
 
     _time_steps(step)
 

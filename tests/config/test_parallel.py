@@ -26,20 +26,6 @@ def resolve(*, layers: int = 8, world: int = 8, **degrees: Any) -> ParallelLayou
     return ParallelLayout.resolve(options, num_layers=layers, world_size=world)
 
 
-def grid_layout(*, tp: int, cp: int, dp: int, pp: int, vpp: int = 1) -> ParallelLayout:
-    """A layout of any degrees, context parallelism too, which `resolve` refuses until it is proven."""
-    return ParallelLayout(
-        world_size=tp * cp * dp * pp,
-        tp=tp,
-        pp=pp,
-        vpp=vpp,
-        cp=cp,
-        dp=dp,
-        sequence_parallel=tp > 1,
-        layers_per_chunk=(1,) * (pp * vpp),
-    )
-
-
 @pytest.mark.parametrize(
     ("degrees", "named"),
     [
@@ -50,7 +36,7 @@ def grid_layout(*, tp: int, cp: int, dp: int, pp: int, vpp: int = 1) -> Parallel
         ({"ep": 0}, "expert_model_parallel_size must be at least 1, not 0"),
         ({"etp": 0}, "expert_tensor_parallel_size must be at least 1, not 0"),
         ({"cp": 0}, "context_parallel_size must be at least 1, not 0"),
-        ({"cp": 2}, "context_parallel_size > 1 is not available"),
+        ({"cp": 3}, "8 processes do not hold TP 1 x PP 1 x CP 3"),
         ({"ep": 2}, "expert parallelism needs a mixture-of-experts model"),
         ({"etp": 2}, "expert parallelism needs a mixture-of-experts model"),
         ({"vpp": 2}, "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of at least 2"),
@@ -129,7 +115,7 @@ def test_virtual_chunks_alternate_between_the_ranks() -> None:
 @pytest.mark.parametrize(("tp", "cp", "dp", "pp"), list(product([1, 2, 3], [1, 2], [1, 3], [1, 2, 4])))
 def test_places_follow_megatrons_order(tp: int, cp: int, dp: int, pp: int) -> None:
     """tp-cp-dp-pp: counted up with tensor ranks fastest and pipeline ranks slowest."""
-    layout = grid_layout(tp=tp, cp=cp, dp=dp, pp=pp)
+    layout = resolve(tp=tp, cp=cp, pp=pp, world=tp * cp * dp * pp)
     expected, rank = {}, 0
     for p in range(pp):
         for d in range(dp):
@@ -185,3 +171,9 @@ def test_a_large_grid_is_cut() -> None:
     assert len(lines) == 5
     assert lines[-1] == "  ... 60 more rows"
     assert len(resolve(world=4).grid(max_rows=4).splitlines()) == 4
+
+
+def test_multiples_let_every_rank_have_equal_parts() -> None:
+    plain, cut = resolve(tp=2), resolve(tp=2, cp=4)
+    assert (plain.document_multiple, plain.micro_batch_multiple) == (1, 2)
+    assert (cut.document_multiple, cut.micro_batch_multiple) == (8, 16)

@@ -243,7 +243,7 @@ def test_what_is_not_built_is_refused_by_name(write_yaml: WriteYaml, name: str) 
 
 
 def test_what_is_not_built_may_be_switched_off(write_yaml: WriteYaml) -> None:
-    assert sft("--packing", "false", "--config", write_yaml("streaming: false")) == flatten(SftConfig())
+    assert sft("--use_dora", "false", "--config", write_yaml("streaming: false")) == flatten(SftConfig())
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,18 @@
 """The layout of a micro-batch, token by token, and the promises of a plan."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from engine.data.batches import BatchPlan, collate, evaluation_plan
+from engine.data.batches import BatchPlan, collate, evaluation_plan, imbalance
+from engine.data.packing import pack
 from engine.data.template import EncodedRow
 from engine.errors import ConfigError
+from tests.data.tiny import chat_lengths
 
 
 def encoded(ids: list[int], supervised: list[int]) -> EncodedRow:
@@ -25,6 +31,7 @@ def test_layout_with_padding() -> None:
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
     assert batch.cu_seqlens.tolist() == [0, 3, 5, 8]
     assert (batch.max_seqlen, batch.num_tokens, batch.num_supervised) == (3, 5, 2)
+    assert batch.lengths == (3, 2)
     dtypes = [batch.tokens, batch.labels, batch.position_ids, batch.cu_seqlens, batch.loss_mask]
     assert [each.dtype for each in dtypes] == [*[torch.int64] * 3, torch.int32, torch.bool]
 
@@ -44,6 +51,55 @@ def test_filler(multiple: int) -> None:
     assert not batch.loss_mask.any()
     assert batch.cu_seqlens.tolist() == [0, multiple]
     assert (batch.max_seqlen, batch.num_tokens, batch.num_supervised) == (multiple, 0, 0)
+    assert batch.lengths == ()
+
+
+def test_layout_with_padded_rows() -> None:
+    batch = collate(ROWS, pad_id=9, pad_to_multiple_of=12, pad_rows_to_multiple_of=4)
+    assert batch.tokens.tolist() == [11, 12, 13, 9, 21, 22, 9, 9, 9, 9, 9, 9]
+    assert batch.labels.tolist() == [12, 13, 9, 0, 22, 9, 9, 0, 9, 9, 9, 0]
+    assert batch.loss_mask.nonzero().flatten().tolist() == [1, 4]
+    assert batch.position_ids.tolist() == [0, 1, 2, 3] * 3
+    assert batch.cu_seqlens.tolist() == [0, 4, 8, 12]
+    assert (batch.max_seqlen, batch.num_tokens, batch.num_supervised) == (4, 5, 2)
+    assert batch.lengths == (3, 2)
+    whole = collate(ROWS, pad_id=9, pad_to_multiple_of=4, pad_rows_to_multiple_of=4)
+    assert whole.cu_seqlens.tolist() == [0, 4, 8]
+    filler = collate([], pad_id=9, pad_to_multiple_of=8, pad_rows_to_multiple_of=4)
+    assert (filler.cu_seqlens.tolist(), filler.lengths) == ([0, 8], ())
+    with pytest.raises(AssertionError):
+        collate(ROWS, pad_id=9, pad_to_multiple_of=6, pad_rows_to_multiple_of=4)
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), max_size=6), rows_to=st.integers(1, 5), factor=st.integers(1, 3))
+def test_padded_rows_hold_what_bare_rows_hold(lengths: list[int], rows_to: int, factor: int) -> None:
+    random = np.random.default_rng(lengths)
+    rows = [
+        EncodedRow(
+            input_ids=random.integers(10, 99, length).astype(np.int32), supervised=random.random(length) < 0.5
+        )
+        for length in lengths
+    ]
+    multiple = factor * rows_to
+    batch = collate(rows, pad_id=9, pad_to_multiple_of=multiple, pad_rows_to_multiple_of=rows_to)
+    bounds = batch.cu_seqlens.tolist()
+    assert len(batch.tokens) == bounds[-1] > 0
+    assert len(batch.tokens) % multiple == 0
+    assert all(bound % rows_to == 0 for bound in bounds)
+    assert batch.max_seqlen == np.diff(bounds).max()
+    assert batch.lengths == tuple(lengths)
+    assert batch.num_tokens == sum(lengths)
+    assert batch.num_supervised == batch.loss_mask.sum()
+    for row, start in zip(rows, bounds, strict=False):
+        alone = collate([row], pad_id=9, pad_to_multiple_of=1)
+        here = slice(start, start + len(row))
+        assert torch.equal(batch.tokens[here], alone.tokens)
+        assert torch.equal(batch.loss_mask[here], alone.loss_mask)
+        assert torch.equal(batch.position_ids[here], alone.position_ids)
+        masked = batch.loss_mask[here]
+        assert torch.equal(batch.labels[here][masked], alone.labels[masked])
+    assert batch.num_supervised == sum(int(row.supervised[1:].sum()) for row in rows)
 
 
 def make_plan(
@@ -56,6 +112,7 @@ def make_plan(
     max_steps: int | None = None,
     seed: int = 5,
     shuffle: bool = True,
+    work: np.ndarray | None = None,
 ) -> BatchPlan:
     return BatchPlan(
         num_rows=num_rows,
@@ -67,17 +124,24 @@ def make_plan(
         max_steps=max_steps,
         seed=seed,
         shuffle=shuffle,
+        work=work,
     )
 
 
 LAYOUTS = [(1, 1), (1, 2), (2, 3), (3, 4), (1, 12), (6, 2), (12, 1)]
 
 
+def some_work(num_rows: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, 1000, num_rows)
+
+
+@pytest.mark.parametrize("with_work", [False, True])
 @pytest.mark.parametrize(("micro", "dp"), LAYOUTS)
 @pytest.mark.parametrize("num_rows", [1, 5, 12, 50])
-def test_union_over_ranks_is_the_step(micro: int, dp: int, num_rows: int) -> None:
-    plan = make_plan(num_rows=num_rows, micro=micro, dp=dp)
-    reference = make_plan(num_rows=num_rows)
+def test_union_over_ranks_is_the_step(micro: int, dp: int, num_rows: int, with_work: bool) -> None:
+    work = some_work(num_rows) if with_work else None
+    plan = make_plan(num_rows=num_rows, micro=micro, dp=dp, work=work)
+    reference = make_plan(num_rows=num_rows, work=work)
     for step in range(plan.total_steps):
         ranks = [plan.micro_batches(step, rank) for rank in range(dp)]
         for micro_batches in ranks:
@@ -88,6 +152,19 @@ def test_union_over_ranks_is_the_step(micro: int, dp: int, num_rows: int) -> Non
         assert plan.row_indices(step).tolist() == reference.row_indices(step).tolist()
         counts = [sum(map(len, micro_batches)) for micro_batches in ranks]
         assert max(counts) - min(counts) <= 1
+        for micro_batches in ranks:
+            sizes = list(map(len, micro_batches))
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_without_work_rows_are_dealt_like_cards() -> None:
+    plan = make_plan(micro=2, dp=3)
+    for step in (0, 4):
+        for rank in range(3):
+            dealt = np.array_split(plan.row_indices(step)[rank::3], 2)
+            assert [rows.tolist() for rows in plan.micro_batches(step, rank)] == [
+                rows.tolist() for rows in dealt
+            ]
 
 
 def test_epochs_are_fresh_permutations_and_never_mix() -> None:
@@ -102,6 +179,84 @@ def test_epochs_are_fresh_permutations_and_never_mix() -> None:
     assert make_plan(seed=6).row_indices(7).tolist() != plan.row_indices(7).tolist()
     in_order = make_plan(shuffle=False)
     assert in_order.row_indices(4).tolist() == in_order.row_indices(9).tolist() == [48, 49]
+
+
+@pytest.mark.parametrize("num_rows", [1, 12, 50, 2000])
+def test_with_work_every_row_is_used_once_an_epoch(num_rows: int) -> None:
+    work = some_work(num_rows)
+    plan = make_plan(num_rows=num_rows, work=work)
+    steps = plan.steps_per_epoch
+    sizes = [len(plan.row_indices(step)) for step in range(steps)]
+    assert sizes == [len(make_plan(num_rows=num_rows).row_indices(step)) for step in range(steps)]
+    epochs = [np.concatenate([plan.row_indices(e * steps + s) for s in range(steps)]) for e in range(3)]
+    assert all(np.sort(epoch).tolist() == list(range(num_rows)) for epoch in epochs)
+    if num_rows > 12:
+        assert not np.array_equal(epochs[0], epochs[1])
+        assert not np.array_equal(epochs[1], epochs[2])
+        # Batches are of even work each, but come neither from light to heavy nor the other way round.
+        means = [work[plan.row_indices(step)].mean() for step in range(num_rows // 12)]
+        assert len(means) < 4 or means not in (sorted(means), sorted(means, reverse=True))
+    # Nothing but seed, epoch, number of rows, global batch and work takes part.
+    again = make_plan(num_rows=num_rows, work=work.copy(), epochs=1.0, micro=3, dp=4)
+    assert np.array_equal(again.row_indices(steps), plan.row_indices(steps))
+    if num_rows > 12:
+        for other in ({"seed": 6}, {"work": work[::-1].copy()}):
+            changed = make_plan(**{"num_rows": num_rows, "work": work, **other})  # type: ignore[arg-type]
+            found = np.concatenate([changed.row_indices(step) for step in range(steps)])
+            assert not np.array_equal(found, epochs[0])
+
+
+def test_a_short_last_batch_has_rows_of_any_work() -> None:
+    num_rows = 64 * 12 + 11
+    work = np.arange(num_rows)
+    plan = make_plan(num_rows=num_rows, work=work)
+    for epoch in range(3):
+        last = work[plan.row_indices((epoch + 1) * plan.steps_per_epoch - 1)]
+        assert len(last) == 11
+        assert last.min() < num_rows / 2 < last.max()
+
+
+def test_with_work_no_two_epochs_have_the_same_batches() -> None:
+    plan = make_plan(num_rows=120, work=some_work(120))
+    epochs = [{frozenset(plan.row_indices(10 * e + s).tolist()) for s in range(10)} for e in range(3)]
+    assert not epochs[0] & epochs[1]
+    assert not epochs[1] & epochs[2]
+
+
+@pytest.mark.parametrize(("micro", "dp"), LAYOUTS)
+def test_neighbours_in_work_share_a_place_on_different_ranks(micro: int, dp: int) -> None:
+    plan = make_plan(micro=micro, dp=dp, work=np.arange(50))
+    rows = plan.row_indices(0)
+    assert np.all(np.diff(rows) > 0), "the work of a row is its number here"
+    place = {row: index for index, row in enumerate(rows.tolist())}
+    ranks = [plan.micro_batches(0, rank) for rank in range(dp)]
+    for parts in zip(*ranks, strict=True):
+        for neighbours in zip(*(np.sort(part).tolist() for part in parts), strict=True):
+            places = sorted(place[row] for row in neighbours)
+            assert places == list(range(places[0], places[0] + dp))
+
+
+def test_back_and_forth_evens_ranks_and_micro_batches_out() -> None:
+    plan = make_plan(num_rows=16, global_batch_size=16, micro=2, dp=4, work=np.arange(16))
+    loads = np.array([[rows.sum() for rows in plan.micro_batches(0, rank)] for rank in range(4)])
+    assert (loads == 15).all(), "0 + 15, 1 + 14 and so on"
+    assert imbalance(plan, np.arange(16)) == 1.0
+
+
+def test_packs_of_chat_length_are_balanced() -> None:
+    """Data-parallel 8 x accumulation 4, one pack a micro-batch, as a node of eight GPUs trains."""
+    lengths = chat_lengths(50_000)
+    packs = pack(lengths, 4096)
+    work = packs.work(lengths)
+    balanced = make_plan(num_rows=len(packs), global_batch_size=32, dp=8, work=work)
+    plain = replace(balanced, work=None)
+    assert imbalance(balanced, work) <= 1.05
+    assert imbalance(plain, work) > 2
+    assert plain == make_plan(num_rows=len(packs), global_batch_size=32, dp=8)
+    steps = [[plain.micro_batches(step, rank) for rank in range(8)] for step in range(plain.num_rows // 32)]
+    loads = np.array([[[work[rows].sum() for rows in rank] for rank in step] for step in steps])
+    expected = (loads.max(axis=(1, 2)) / loads.mean(axis=(1, 2))).mean()
+    assert imbalance(plain, work) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +296,12 @@ def test_description() -> None:
         "50 rows, global batch 12 = 2 (micro-batch) x 2 (accumulation) x 3 (data parallel), "
         "5 steps per epoch, 3 epochs, 15 steps, the last step of an epoch has 2 rows"
     )
+    assert replace(make_plan(), unit="packs").describe().endswith("the last step of an epoch has 2 packs")
+
+
+def test_imbalance_of_a_single_short_step_leaves_fillers_out() -> None:
+    plan = make_plan(num_rows=3, dp=4, work=np.array([1, 2, 3]))
+    assert imbalance(plan, np.array([1, 2, 3])) == 1.5
 
 
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 100])

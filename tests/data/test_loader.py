@@ -4,12 +4,15 @@ import gc
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from engine.data.batches import BatchPlan
+from engine.data.batches import BatchPlan, collate
 from engine.data.loader import Loader, StepBatch
+from engine.data.packing import Packs, pack
 from engine.data.store import TokenStore, build_store
 from engine.data.template import ChatTemplate, EncodedRow
 from tests.data.tiny import PAD, row
@@ -50,6 +53,22 @@ def comparable(steps: Iterable[StepBatch]) -> list[object]:
     ]
 
 
+@pytest.fixture(scope="module")
+def packs(store: TokenStore) -> Packs:
+    return pack(store.lengths, 100)
+
+
+def make_packed_loader(store: TokenStore, packs: Packs, *, num_workers: int, dp_rank: int = 0) -> Loader:
+    plan = BatchPlan(
+        num_rows=len(packs), global_batch_size=4, micro_batch_size=1, data_parallel_size=2, accumulation=2,
+        num_train_epochs=2.0, max_steps=None, seed=1, work=packs.work(store.lengths), unit="packs",
+    )  # fmt: skip
+    return Loader(
+        store=store, plan=plan, dp_rank=dp_rank, pad_id=PAD, pad_to_multiple_of=16, num_workers=num_workers,
+        packs=packs, pad_rows_to_multiple_of=4,
+    )  # fmt: skip
+
+
 def data_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("braid-data")]
 
@@ -75,6 +94,59 @@ def test_every_token_of_an_epoch_is_served_once(store: TokenStore) -> None:
     assert all(len(b.tokens) % 16 == 0 for steps in ranks for step in steps for b in step.micro_batches)
     assert sum(step.num_tokens for steps in ranks for step in steps) == store.report.tokens
     assert sum(step.num_supervised for steps in ranks for step in steps) == store.report.supervised_tokens
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_micro_batch_holds_the_rows_of_its_packs(store: TokenStore, packs: Packs, num_workers: int) -> None:
+    assert 2 < len(packs) < NUM_ROWS
+    for dp_rank in (0, 1):
+        loader = make_packed_loader(store, packs, num_workers=num_workers, dp_rank=dp_rank)
+        steps = list(loader.steps())
+        assert len(steps) == loader.plan.total_steps == 2 * loader.plan.steps_per_epoch
+        for step in steps:
+            wanted = [
+                collate(
+                    [store[row] for index in indices for row in packs[index].tolist()],
+                    pad_id=PAD,
+                    pad_to_multiple_of=16,
+                    pad_rows_to_multiple_of=4,
+                )
+                for indices in loader.plan.micro_batches(step.step, dp_rank)
+            ]
+            wanted_step = StepBatch(step=step.step, micro_batches=wanted)
+            assert comparable([step]) == comparable([wanted_step])
+        assert comparable(loader.steps(2)) == comparable(steps[2:])
+
+
+def test_packed_rows_are_served_once_an_epoch(store: TokenStore, packs: Packs) -> None:
+    served: list[int] = []
+    for dp_rank in (0, 1):
+        loader = make_packed_loader(store, packs, num_workers=0, dp_rank=dp_rank)
+        for step in list(loader.steps())[: loader.plan.steps_per_epoch]:
+            assert step.num_tokens == sum(sum(batch.lengths) for batch in step.micro_batches)
+            served += [length for batch in step.micro_batches for length in batch.lengths]
+    assert sorted(served) == sorted(store.lengths.tolist())
+
+
+def test_the_plan_counts_rows_or_packs(store: TokenStore, packs: Packs) -> None:
+    with pytest.raises(AssertionError):
+        replace(make_packed_loader(store, packs, num_workers=0), packs=None)
+    with pytest.raises(AssertionError):
+        replace(make_loader(store, num_workers=0), packs=packs)
+
+
+def test_fingerprint_tells_packed_rows_from_others(store: TokenStore, packs: Packs) -> None:
+    plain = make_loader(store, num_workers=0)
+    assert plain.fingerprint == store.fingerprint
+    packed = make_packed_loader(store, packs, num_workers=0)
+    fingerprints = {plain.fingerprint, packed.fingerprint}
+    assert packed.fingerprint == make_packed_loader(store, packs, num_workers=1, dp_rank=1).fingerprint
+    # One pack for each row has the rows of no packs, and is still another run.
+    alone = Packs(members=np.arange(NUM_ROWS), offsets=np.arange(NUM_ROWS + 1), capacity=100)
+    for other in (pack(store.lengths, 101), alone):
+        fingerprints.add(make_packed_loader(store, other, num_workers=0).fingerprint)
+    assert len(fingerprints) == 4
+    assert all(len(fingerprint) == 64 for fingerprint in fingerprints)
 
 
 class CountingStore(TokenStore):
@@ -121,3 +193,28 @@ def test_failure_reaches_the_consumer(store: TokenStore, num_workers: int) -> No
     with pytest.raises(RuntimeError, match="disk on fire"):
         list(steps)
     assert not data_threads()
+
+
+class SlowStore(TokenStore):
+    """Reads a row once `may_read` allows it."""
+
+    def __init__(self, store: TokenStore) -> None:
+        vars(self).update(vars(store))
+        self.may_read = threading.Event()
+
+    def __getitem__(self, index: int) -> EncodedRow:
+        assert self.may_read.wait(timeout=30)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_waiting_is_counted(store: TokenStore, num_workers: int) -> None:
+    slow = SlowStore(store)
+    steps = make_loader(slow, num_workers=num_workers).steps()
+    # The wait ends no sooner than reading is allowed.
+    threading.Timer(0.2, slow.may_read.set).start()
+    began = time.monotonic()
+    first = next(steps)
+    assert 0 < first.wait_s <= time.monotonic() - began
+    assert first.wait_s > 0.1
+    assert all(each.wait_s >= 0 for each in steps)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.data.sources import DatasetRef, Row, load_rows, split_rows
+from engine.data.sources import DatasetRef, Row, dataset_files, load_rows, split_rows, stream_rows
 from engine.errors import ConfigError, DataError
 
 Write = Callable[..., str]
@@ -120,22 +120,37 @@ def test_missing_path_never_asks_the_hub(name: str, monkeypatch: pytest.MonkeyPa
     assert "hub data set" not in str(caught.value)
 
 
-def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub(monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+    asked: list[tuple[str, str, bool]] = []
 
-    def load_dataset(name: str, *, split: str) -> list[dict[str, Any]]:
-        asked.append((name, split))
+    def load_dataset(name: str, *, split: str, streaming: bool) -> list[dict[str, Any]]:
+        asked.append((name, split, streaming))
         return [{"i": 0}, {"i": 1}]
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    rows = load_rows(["org/name#1"], seed=0)
-    assert asked == [("org/name", "train")]
+    rows = list(stream_rows(["org/name#1"])) if streaming else load_rows(["org/name#1"], seed=0)
+    assert asked == [("org/name", "train", streaming)]
     assert len(rows) == 1
     assert rows[0].source == "org/name"
 
 
+def test_streamed_rows_are_the_loaded_ones(tmp_path: Path) -> None:
+    """Files and directories, read as they are asked for."""
+    for name, first in (("a.jsonl", 0), ("b.jsonl", 3)):
+        (tmp_path / name).write_text("".join(json.dumps({"i": first + i}) + "\n" for i in range(3)))
+    names = [str(tmp_path), str(tmp_path / "b.jsonl")]
+    assert list(stream_rows(names)) == load_rows(names, seed=0)
+    assert [path.name for path in dataset_files(names[0])] == ["a.jsonl", "b.jsonl"]
+    (tmp_path / "c.jsonl").write_text("{broken")
+    rows = stream_rows(names)
+    assert [next(rows).value["i"] for _ in range(6)] == list(range(6))
+    with pytest.raises(DataError, match=r"c\.jsonl, row 1"):
+        next(rows)
+
+
 def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, *, split: str) -> None:
+    def load_dataset(name: str, *, split: str, streaming: bool) -> None:
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))

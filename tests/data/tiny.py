@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -60,3 +61,9 @@ def ids_of(*pieces: str | int) -> list[int]:
 
 def row(value: dict[str, Any], number: int = 7) -> Row:
     return Row(source="rows.jsonl", number=number, value=value)
+
+
+def chat_lengths(count: int, *, longest: int = 4096) -> np.ndarray:
+    """Tokens of `count` rows, int64, spread as those of chat data are: many short ones, few very long."""
+    drawn = np.random.default_rng(0).lognormal(5.5, 1.0, count)
+    return np.clip(drawn, 16, longest).astype(np.int64)

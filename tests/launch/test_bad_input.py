@@ -254,7 +254,6 @@ def test_rows_that_are_all_too_long(place: Place) -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("--packing", "--packing: packing is not available"),
         ("--lora_rank 4", "lora_rank goes with --train_type lora"),
         ("--tuner_type lora --lora_rank 0", "lora_rank must be at least 1, not 0"),
         ("--train_type lora --lora_alpha 0", "lora_alpha must be positive"),
@@ -274,7 +273,18 @@ def test_rows_that_are_all_too_long(place: Place) -> None:
             r"--target_modules model\.layers\.1\..*",
             "pipeline stage 0 would have nothing to train: layers 0-0 have no adapter",
         ),
-        ("--context_parallel_size 2", "context_parallel_size > 1 is not available"),
+        ("--context_parallel_size 2", "2 processes do not hold TP 2 x PP 1 x CP 2 = 4 ranks"),
+        (
+            "--context_parallel_size 2 --tensor_model_parallel_size 1 --cp_comm_type p2p",
+            "cp_comm_type p2p needs Transformer Engine; use all_gather or a2a",
+        ),
+        (
+            "--context_parallel_size 4 --nproc_per_node 8 --cp_comm_type a2a",
+            "cp_comm_type a2a deals 2 heads and 1 key/value heads of a tensor-parallel rank to",
+        ),
+        ("--streaming", "streaming needs max_steps"),
+        ("--streaming --max_steps 1 --split_dataset_ratio 0.5", "split_dataset_ratio needs all rows"),
+        ("--shuffle_buffer_size 0", "shuffle_buffer_size must be at least 1, not 0"),
         ("--expert_model_parallel_size 2", "expert parallelism"),
         ("--async_save", "async_save is not available"),
         ("--report_to paper", "report_to 'paper' is not known; choose from tensorboard, wandb"),

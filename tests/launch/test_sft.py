@@ -22,7 +22,7 @@ from tests.launch.runs import Run, braid, everything_in, question_rows, read_jso
 
 TRAIN_KEYS = {
     "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "tflops_per_gpu", "mfu", "mem_gib",
-    "elapsed_s", "eta_s",
+    "elapsed_s", "eta_s", "data_wait_s",
 }  # fmt: skip
 EVAL_KEYS = {"step", "eval_loss", "eval_perplexity", "eval_tokens"}
 SETTINGS = (
@@ -112,6 +112,7 @@ def test_metrics_have_the_keys_of_the_contract(trained: Trained) -> None:
     assert all(record.keys() == TRAIN_KEYS for record in training)
     assert all(record.keys() == EVAL_KEYS for record in evaluation)
     assert all(record["mfu"] is None for record in training)  # the peak of a CPU is not known
+    assert all(record["data_wait_s"] >= 0 for record in training)
     assert all(record["lr"] == 1e-2 for record in training)
     assert all(record["loss"] > 0 and record["grad_norm"] > 0 for record in training)
     tokens = [record["tokens"] for record in training]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from converters.adapter import open_adapter
-from engine.config.options import RecomputeOptions
+from engine.config.options import ParallelOptions, RecomputeOptions
 from engine.model.spec import load_model_spec
 from tests.parity.test_transformers import LAYOUTS, assert_parity, train_on, train_plainly
 from tests.support.models import FEW_KV_HEADS, save_adapter, save_tiny_model
@@ -19,7 +19,7 @@ from tests.support.workers import WorkerPool
 
 NAMES = ("TP2", "TP4", "PP2", "PP2xVPP2", "TP2xDP2")
 MODELS = ("qwen2_tied", "qwen3_head_dim")
-ROWS = 4
+Layout = tuple[int, ParallelOptions, int]
 ADAPTERS: Mapping[str, dict[str, Any]] = {
     "all-linear": {},
     "subset": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
@@ -51,7 +51,7 @@ class Bases:
 
     def _train(self, model: str, adapter: str) -> Reference:
         adapter_dir = str(self.adapter(model, adapter))
-        return train_plainly(self.model(model), rows=ROWS, adapter_dir=adapter_dir)
+        return train_plainly(self.model(model), adapter_dir=adapter_dir)
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +59,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
     return Bases(tmp_path_factory.mktemp("lora"))
 
 
-def check(workers: WorkerPool, bases: Bases, model: str, adapter: str, layout: str, **changes: Any) -> None:
-    world_size, parallel, _ = LAYOUTS[layout]
+def check(
+    workers: WorkerPool, bases: Bases, model: str, adapter: str, layout: str | Layout, **changes: Any
+) -> None:
+    world_size, parallel, _ = LAYOUTS[layout] if isinstance(layout, str) else layout
     model_dir, adapter_dir = bases.model(model), bases.adapter(model, adapter)
-    results = train_on(
-        workers, world_size, model_dir, parallel, adapter=str(adapter_dir), rows=ROWS, **changes
-    )
+    results = train_on(workers, world_size, model_dir, parallel, adapter=str(adapter_dir), **changes)
     weights = open_adapter(adapter_dir, load_model_spec(model_dir)).weights
     assert_parity(results, bases.reference(model, adapter), model_dir, weights)
 
@@ -79,6 +79,11 @@ def test_layout_equals_peft(workers: WorkerPool, bases: Bases, model: str, adapt
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_more_ranks_than_key_value_heads_equals_peft(workers: WorkerPool, bases: Bases, adapter: str) -> None:
     check(workers, bases, FEW_KV_HEADS, adapter, "TP4")
+
+
+def test_context_parallel_lora_equals_peft(workers: WorkerPool, bases: Bases) -> None:
+    parallel = ParallelOptions(context_parallel_size=2, tensor_model_parallel_size=2)
+    check(workers, bases, "qwen2_tied", "all-linear", (4, parallel, 4))
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

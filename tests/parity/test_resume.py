@@ -105,6 +105,7 @@ def test_one_seed_gives_one_run(runs: Runs, straight: Path, tmp_path: Path) -> N
             ["--pipeline_model_parallel_size", "2", "--virtual_pipeline_model_parallel_size", "2"],
         ),
         ("TP2xDP2", 4, ["--tensor_model_parallel_size", "2"]),
+        ("CP2xTP2", 4, ["--context_parallel_size", "2", "--tensor_model_parallel_size", "2"]),
     ],
 )
 def test_another_layout_continues_the_run(
@@ -146,4 +147,34 @@ def test_another_layout_continues_the_lora_run(runs: Runs) -> None:
     expected, found = losses(straight), losses(resumed)
     assert sorted(found) == [4, 5, 6]
     for step, loss in found.items():
+        assert abs(loss - expected[step]) <= 1e-5 * expected[step]
+
+
+STREAM = (
+    "--streaming",
+    "true",
+    "--packing",
+    "true",
+    "--shuffle_buffer_size",
+    "12",
+    "--global_batch_size",
+    "2",
+)
+
+
+def test_a_resumed_stream_of_packs_is_bitwise_the_uninterrupted_one(runs: Runs, tmp_path: Path) -> None:
+    """Cut in the middle of a pass, with a buffer half taken; and the same data under another layout."""
+    straight = runs.start("stream", [*TP2_PP2, *STREAM, "--save_steps", "3"])
+    state = json.loads((straight / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["stream"]["taken"] > 0
+    resumed = runs.start("stream-resumed", [*TP2_PP2, *STREAM], resume=straight / "checkpoint-3")
+    expected = losses(straight)
+    assert losses(resumed) == {step: expected[step] for step in (4, 5, 6)}
+    assert_same_weights(
+        weights(straight / "checkpoint-6", tmp_path / "a"), weights(resumed / "checkpoint-6", tmp_path / "b")
+    )
+    layout = ["--context_parallel_size", "2"]
+    other = losses(runs.start("stream-cp", [*layout, *STREAM], resume=straight / "checkpoint-3"))
+    assert sorted(other) == [4, 5, 6]
+    for step, loss in other.items():
         assert abs(loss - expected[step]) <= 1e-5 * expected[step]

@@ -43,6 +43,7 @@ LAYOUTS: Mapping[str, tuple[int, ParallelOptions, int]] = {
         4,
     ),
 }
+ROWS = 4
 LEARNING_RATES = (1e-3, 2e-3, 3e-3)  # a warm-up
 # AdamW divides a gradient by its own size. With the usual epsilon of 1e-8 an element whose gradient is
 # rounding noise moves by a full learning rate in a random direction - two runs of transformers with the rows
@@ -63,10 +64,10 @@ def models(tmp_path_factory: pytest.TempPathFactory):
     return model_dir
 
 
-def global_batches(model_dir: Path, rows: int = 8) -> list[list]:
+def global_batches(model_dir: Path) -> list[list]:
     vocabulary = load_model_spec(model_dir).vocab_size
     return [
-        random_rows(rows, vocabulary=vocabulary, longest=24, seed=seed) for seed in range(len(LEARNING_RATES))
+        random_rows(ROWS, vocabulary=vocabulary, longest=24, seed=seed) for seed in range(len(LEARNING_RATES))
     ]
 
 
@@ -77,7 +78,6 @@ def train_on(
     parallel: ParallelOptions,
     *,
     optimizer: Mapping[str, Any] | None = None,
-    rows: int = 8,
     **changes: Any,
 ) -> list[LayoutResult]:
     """The three steps under a layout; `optimizer` and `changes` are what differs from the plain run."""
@@ -87,16 +87,16 @@ def train_on(
         model_dir=str(directory),
         parallel=parallel,
         optimizer=OptimizerOptions(adam_epsilon=ADAM_EPSILON, **(optimizer or {})),
-        steps=global_batches(directory, rows),
+        steps=global_batches(directory),
         learning_rates=LEARNING_RATES,
         **changes,
     )
 
 
-def train_plainly(directory: Path, *, rows: int = 8, **changes: Any) -> Reference:
+def train_plainly(directory: Path, **changes: Any) -> Reference:
     """The same three steps by transformers and torch."""
     return train_reference(
-        str(directory), global_batches(directory, rows), LEARNING_RATES, eps=ADAM_EPSILON, **changes
+        str(directory), global_batches(directory), LEARNING_RATES, eps=ADAM_EPSILON, **changes
     )
 
 

@@ -32,7 +32,7 @@ class LayoutResult:
     """The last stage's copy of tied embeddings, where it holds one."""
 
     place: tuple[int, int, int] = (0, 0, 0)
-    """pp, dp and tp rank."""
+    """pp rank, index among the ranks with the same weights (dp x cp), tp rank."""
 
 
 def random_rows(count: int, *, vocabulary: int, longest: int, seed: int) -> list[EncodedRow]:
@@ -101,9 +101,8 @@ def save_after_idle_step(
     )
     rows = random_rows(2, vocabulary=spec.vocab_size, longest=16, seed=0)
     set_learning_rate(optim, 0.0, 0.0)
-    train_step(
-        models, optim, [collate([row], pad_id=0, pad_to_multiple_of=2) for row in rows], platform.device
-    )
+    batches = [collate([row], pad_id=0, pad_to_multiple_of=2) for row in rows]
+    train_step(models, optim, batches, groups, platform.device)
     state = TrainerState(
         step=0,
         total_steps=1,
@@ -163,15 +162,23 @@ def train_layout(
     def share(rows: Sequence[EncodedRow]) -> list[Any]:
         mine = rows[groups.dp_rank :: layout.dp]
         parts = [mine[i : i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
-        return [collate(part, pad_id=0, pad_to_multiple_of=layout.tp) for part in parts]
+        return [
+            collate(
+                part,
+                pad_id=0,
+                pad_to_multiple_of=layout.micro_batch_multiple,
+                pad_rows_to_multiple_of=layout.document_multiple,
+            )
+            for part in parts
+        ]
 
     eval_loss = evaluate(models, [share(steps[0])], spec.train_flops_per_token, groups, platform.device).loss
-    run_pipeline(models, share(steps[0]), device=platform.device, forward_only=False)
+    run_pipeline(models, share(steps[0]), groups, device=platform.device, forward_only=False)
     gradients, copies = local_tensors(models, layout, groups, gradients=True)
     losses, norms = [], []
     for rows, learning_rate in zip(steps, learning_rates, strict=True):
         set_learning_rate(optim, learning_rate, optimizer.weight_decay)
-        result = train_step(models, optim, share(rows), platform.device)
+        result = train_step(models, optim, share(rows), groups, platform.device)
         losses.append(
             global_totals(
                 result.losses, result.micro_batches, spec.train_flops_per_token, groups, platform.device
@@ -191,7 +198,7 @@ def train_layout(
         weights=weights,
         copies={f"gradient {n}": t for n, t in copies.items()}
         | {f"weight {n}": t for n, t in weight_copies.items()},
-        place=(groups.pp_rank, groups.dp_rank, groups.tp_rank),
+        place=(groups.pp_rank, groups.dp_cp_rank, groups.tp_rank),
     )
 
 
@@ -232,13 +239,14 @@ def _complete_gradients(model: Any, groups: Any) -> None:
     """The distributed optimizer leaves each rank only its shard of the reduced gradients: gather the
     others'.
     """
-    if not model.ddp_config.use_distributed_optimizer or groups.layout.dp == 1:
+    ranks = groups.layout.dp * groups.layout.cp
+    if not model.ddp_config.use_distributed_optimizer or ranks == 1:
         return
     for buffer in [*model.buffers, *model.expert_parallel_buffers]:
         for bucket in buffer.buckets:
             data = bucket.grad_data
-            shard = data.chunk(groups.layout.dp)[groups.dp_rank].clone()
-            dist.all_gather_into_tensor(data, shard, group=groups.dp)
+            shard = data.chunk(ranks)[groups.dp_cp_rank].clone()
+            dist.all_gather_into_tensor(data, shard, group=groups.dp_cp)
 
 
 def merge(results: Sequence[LayoutResult], weight_map: dict[str, Any], kind: str) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ def train_and_count(rank: int, world_size: int) -> dict[str, int]:
     batch = collate(rows, pad_id=0, pad_to_multiple_of=1)
     for _ in range(2):
         set_learning_rate(optimizer, 1e-3, 0.0)
-        result = train_step(models, optimizer, [batch], platform.device)
+        result = train_step(models, optimizer, [batch], groups, platform.device)
         assert result.grad_norm is not None
         assert result.grad_norm > 0
     frozen = [p for p in chunks[0].parameters() if not p.requires_grad]

@@ -1,0 +1,199 @@
+"""Causal attention over packed documents with torch's kernels, without a dense mask over all tokens.
+
+Shape suffixes: T tokens of a rank, K keys, N query heads of this rank, G key/value heads, D head dimension.
+"""
+
+import inspect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows of queries that get a mask at once, where a segment sees more keys than it has queries.
+_MASK_ROWS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """Which queries see which keys. Queries stand one segment after another; segment i sees the keys
+    [k_starts[i], k_starts[i] + k_lengths[i]), of which its last query sees all, the one before all but the
+    last, and so on.
+    """
+
+    q_lengths: tuple[int, ...]
+    k_starts: tuple[int, ...]
+    k_lengths: tuple[int, ...]
+    cu_q: Tensor
+    """int32 [segments + 1] on the device, as kernels for packed sequences want it."""
+
+    cu_k: Tensor
+    key_index: Tensor | None
+    """int64 [sum of k_lengths] on the device: the keys of all segments one after another; None where that is
+    every key once.
+    """
+
+    @classmethod
+    def documents(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
+        """Every token sees its document up to itself."""
+        starts = tuple(itertools.accumulate((0, *lengths[:-1])))
+        return cls._make(tuple(lengths), starts, tuple(lengths), device, plain=True)
+
+    @classmethod
+    def chunks(cls, lengths: Sequence[int], rank: int, size: int, device: torch.device) -> "Segments":
+        """Context-parallel rank `rank` of `size` has the chunks `rank` and `2 * size - 1 - rank` of the
+        2 * size equal chunks of every document; keys are those of all ranks, in order.
+        """
+        q_lengths, k_starts, k_lengths, start = [], [], [], 0
+        for length in lengths:
+            chunk = length // (2 * size)
+            for index in (rank, 2 * size - 1 - rank):
+                q_lengths.append(chunk)
+                k_starts.append(start)
+                k_lengths.append((index + 1) * chunk)
+            start += length
+        return cls._make(tuple(q_lengths), tuple(k_starts), tuple(k_lengths), device, plain=False)
+
+    @classmethod
+    def _make(
+        cls,
+        q_lengths: tuple[int, ...],
+        k_starts: tuple[int, ...],
+        k_lengths: tuple[int, ...],
+        device: torch.device,
+        *,
+        plain: bool,
+    ) -> "Segments":
+        def boundaries(lengths: tuple[int, ...]) -> Tensor:
+            sums = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
+            return sums.to(device, non_blocking=True)
+
+        index = None
+        if not plain:
+            ranges = [torch.arange(start, start + n) for start, n in zip(k_starts, k_lengths, strict=True)]
+            index = torch.cat(ranges).to(device, non_blocking=True)
+        return cls(
+            q_lengths=q_lengths,
+            k_starts=k_starts,
+            k_lengths=k_lengths,
+            cu_q=boundaries(q_lengths),
+            cu_k=boundaries(k_lengths),
+            key_index=index,
+        )
+
+
+def attend(query_TND: Tensor, key_KGD: Tensor, value_KGD: Tensor, segments: Segments, scale: float) -> Tensor:
+    """[T, N, D] queries and [K, G, D] keys and values -> [T, N, D].
+
+    Kernels for packed sequences where torch has them (half precision on CUDA); elsewhere
+    scaled_dot_product_attention, segment by segment.
+    """
+    if _has_varlen_kernel(query_TND):
+        return _attend_varlen(query_TND, key_KGD, value_KGD, segments, scale)
+    lengths = segments.q_lengths
+    if segments.key_index is None and len(set(lengths)) == 1:
+        return _square(query_TND, key_KGD, value_KGD, len(lengths), scale)
+    parts = []
+    spans = zip(query_TND.split(lengths), segments.k_starts, segments.k_lengths, strict=True)
+    for q, start, count in spans:
+        k, v = key_KGD.narrow(0, start, count), value_KGD.narrow(0, start, count)
+        parts.append(_square(q, k, v, 1, scale) if q.shape[0] == count else _Tail.apply(q, k, v, scale))
+    return torch.cat(parts)
+
+
+def _square(q: Tensor, k: Tensor, v: Tensor, documents: int, scale: float) -> Tensor:
+    """`documents` documents of one length, one after another: [T, N, D] -> [T, N, D]."""
+    q, k, v = (x.unflatten(0, (documents, -1)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+class _Tail(torch.autograd.Function):
+    """Queries that are the last of more keys: [T, N, D] and [K, G, D] -> [T, N, D].
+
+    Worked off in blocks of rows, and computed again in the backward pass: neither ever holds a mask of all
+    rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
+        return torch.cat([_masked(q, k, v, start, scale) for start in range(0, q.shape[0], _MASK_ROWS)])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        totals = [torch.zeros_like(x) for x in (q, k, v)]
+        for start in range(0, q.shape[0], _MASK_ROWS):
+            with torch.enable_grad():
+                out = _masked(q, k, v, start, ctx.scale)
+            parts = torch.autograd.grad(out, (q, k, v), grad_outputs[0][start : start + _MASK_ROWS])
+            for total, part in zip(totals, parts, strict=True):
+                total += part
+        return (*totals, None)
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor:
+    """The block of rows from `start` on, with a mask for it."""
+    rows, before = q[start : start + _MASK_ROWS], k.shape[0] - q.shape[0] + start
+    seen = before + rows.shape[0]
+    out = F.scaled_dot_product_attention(
+        rows.transpose(0, 1)[None],
+        k[:seen].transpose(0, 1)[None],
+        v[:seen].transpose(0, 1)[None],
+        attn_mask=torch.ones(rows.shape[0], seen, dtype=torch.bool, device=q.device).tril(before),
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+@cache
+def _varlen_function() -> tuple[Any, bool] | None:
+    """torch's kernel for packed sequences, and whether it knows grouped queries; None where it is absent."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _has_varlen_kernel(query: Tensor) -> bool:
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and _varlen_function() is not None
+    )
+
+
+def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
+    found = _varlen_function()
+    assert found is not None
+    function, knows_groups = found
+    if segments.key_index is not None:
+        k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and not knows_groups:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    out: Tensor = function(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        segments.cu_q,
+        segments.cu_k,
+        max(segments.q_lengths),
+        max(segments.k_lengths),
+        scale=scale,
+        window_size=(-1, 0),
+        **({"enable_gqa": True} if grouped and knows_groups else {}),
+    )
+    return out

@@ -1,0 +1,95 @@
+"""Context parallelism: every rank has a part of every document.
+
+A document is cut into 2 * size equal chunks, of which rank r has the chunks r and 2 * size - 1 - r: an early
+one, which sees few keys, and a late one, which sees many, so that all ranks have the same work in every
+document ("zigzag"; the same cut as Transformer Engine's). Documents are padded to a multiple of 2 * size.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import all_to_all
+from torch import Tensor
+
+
+def shard_positions(lengths: Sequence[int], rank: int, size: int) -> Tensor:
+    """Positions, int64 [T / size], of the tokens of a rank in a sequence of documents of `lengths` tokens."""
+    parts, start = [], 0
+    for length in lengths:
+        assert length % (2 * size) == 0, (
+            f"a document of {length} tokens is not cut into {2 * size} equal chunks"
+        )
+        chunk = length // (2 * size)
+        for index in (rank, 2 * size - 1 - rank):
+            parts.append(torch.arange(start + index * chunk, start + (index + 1) * chunk))
+        start += length
+    return torch.cat(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextParallel:
+    """The ranks that share the tokens of a micro-batch, and where each of its tokens is."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    by_heads: bool
+    """Exchange tokens for heads around the attention (all-to-all, Ulysses) instead of gathering keys and
+    values.
+    """
+
+    order: Tensor
+    """int64 [T]: positions of the tokens of rank 0, then of rank 1, and so on."""
+
+    place: Tensor
+    """int64 [T]: the inverse of `order`."""
+
+    @classmethod
+    def of(
+        cls,
+        lengths: Sequence[int],
+        *,
+        group: dist.ProcessGroup,
+        rank: int,
+        size: int,
+        by_heads: bool,
+        device: torch.device,
+    ) -> "ContextParallel":
+        """For documents of `lengths` tokens, padding included."""
+        order = torch.cat([shard_positions(lengths, other, size) for other in range(size)])
+        return cls(
+            group=group,
+            rank=rank,
+            size=size,
+            by_heads=by_heads,
+            order=order.to(device, non_blocking=True),
+            place=torch.argsort(order).to(device, non_blocking=True),
+        )
+
+    def gather_tokens(self, x: Tensor) -> Tensor:
+        """[T / size, ...] of this rank -> [T, ...] of all ranks, in the order of the sequence. Gradients are
+        summed over the ranks.
+        """
+        gathered = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.group)
+        return gathered.index_select(0, self.place)
+
+    def tokens_to_heads(self, x: Tensor) -> Tensor:
+        """[T / size, N, D] -> [T, N / size, D]: all tokens of this rank's heads, in the order of the
+        sequence.
+
+        Fewer heads than ranks are repeated, as grouped-query attention repeats them.
+        """
+        if x.shape[1] < self.size:
+            x = x.repeat_interleave(self.size // x.shape[1], dim=1)
+        by_rank = x.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
+        exchanged: Tensor = all_to_all(self.group, by_rank)
+        return exchanged.flatten(0, 1).index_select(0, self.place)
+
+    def heads_to_tokens(self, x: Tensor) -> Tensor:
+        """[T, N / size, D] -> [T / size, N, D]: the inverse."""
+        by_rank = x.index_select(0, self.order).unflatten(0, (self.size, -1)).contiguous()
+        exchanged: Tensor = all_to_all(self.group, by_rank)
+        return exchanged.transpose(0, 1).flatten(1, 2)
