@@ -25,9 +25,12 @@ lint: setup
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-# A training step against the same step written with transformers and torch, one process, CPU.
+# A training step against the same step written with transformers and torch, and the data side against
+# datasets.map; one process, CPU.
 bench: setup
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hub]'
 	$(RUN)/python -m tests.bench.step
+	$(RUN)/python -m tests.bench.data
 
 # docs/terminal.svg and docs/loss.png, taken from a run of about a minute on a CPU.
 pictures: setup

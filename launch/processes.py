@@ -12,10 +12,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from engine.config.options import LaunchOptions
 from engine.errors import ConfigError, UserError
@@ -185,6 +187,7 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str], *
             ),
         )
         interrupted: list[int] = []
+        others = {child.pid for child in psutil.Process().children(recursive=True)}
         try:
             with _interrupt_as_termination(interrupted):
                 elastic_launch(config, sys.executable)("-m", "launch.cli", *argv)
@@ -192,10 +195,24 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str], *
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
             return _first_error(Path(folder), failure.exitcode)
-        except SignalException as error:  # the agent has ended the ranks
+        except SignalException as error:
+            # The agent has ended the ranks that it knew of; a signal amid their start leaves it without the
+            # last.
+            _end_processes(others)
             number = signal.SIGINT if interrupted else error.sigval
             print(f"braid sft: stopped by {number.name}", file=sys.stderr, flush=True)
             return 128 + int(number)
+
+
+def _end_processes(others: set[int]) -> None:
+    """End the processes that this one has started, but for `others`."""
+    started = [child for child in psutil.Process().children(recursive=True) if child.pid not in others]
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(started, timeout=10)[1]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Exactly which tokens are targets."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from engine.data.formats import Message, to_messages
 from engine.data.template import ChatTemplate, EncodedRow, TurnMarkers
@@ -200,6 +202,27 @@ def test_answers_that_the_template_leaves_out() -> None:
     dropping = "{% set messages = messages | rejectattr('content', 'equalto', 'gone') | list %}" + CHATML
     with pytest.raises(DataError, match="wrote 1 assistant turns for 2 assistant messages"):
         ChatTemplate(make_tokenizer(dropping)).encode(chat("a", "gone", "b", "c"))
+
+
+@pytest.mark.parametrize("content", ["yo", "ß水 é\n", "\n\n👍🏽 x\n\n", "<|im_end|>é"])
+def test_bytes_of_tokens_tell_the_same_as_their_offsets(content: str) -> None:
+    messages = chat(content, content, "next", content)
+    template, by_offsets = ChatTemplate(make_tokenizer(CHATML)), ChatTemplate(make_tokenizer(CHATML))
+    # Tokens that seem to spell another text.
+    vars(by_offsets)["_spelling"] = dataclasses.replace(template._spelling, pieces=[b"?"] * 260)
+    expected = by_offsets.encode(messages)
+    found = template.encode(messages)
+    assert found.input_ids.tolist() == expected.input_ids.tolist()
+    assert found.supervised.tolist() == expected.supervised.tolist()
+    targets = bytes(token for token in found.input_ids[found.supervised].tolist() if token < 256)
+    assert targets.decode().replace("\n", "") == (2 * content).replace("<|im_end|>", "").replace("\n", "")
+
+
+def test_text_that_a_normalizer_changes() -> None:
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    encoded = ChatTemplate(tokenizer).encode(chat("e\u0301", "e\u0301!", "a", "e\u0301"))
+    check(encoded, asked("é"), *answered("é!"), asked("a"), *answered("é"))
 
 
 def test_half_a_surrogate_pair(chatml: ChatTemplate) -> None:

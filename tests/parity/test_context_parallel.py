@@ -28,14 +28,14 @@ def degrees(tp: int = 1, pp: int = 1, cp: int = 2, vpp: int | None = None) -> di
 
 # name: processes, degrees, model, layers
 LAYOUTS: Mapping[str, tuple[int, dict[str, Any], str, int]] = {
-    "CP2": (2, degrees(), "qwen2_tied", 4),
-    "CP4": (4, degrees(cp=4), "qwen3_head_dim", 4),
-    "CP2xTP2": (4, degrees(tp=2), "qwen2_untied", 4),
-    "CP2xPP2": (4, degrees(pp=2), "qwen3_odd_vocabulary", 4),
-    "CP2xPP3": (6, degrees(pp=3), "qwen2_tied", 5),
-    "CP2xTP2xPP2": (8, degrees(tp=2, pp=2), "qwen3_odd_vocabulary", 4),
+    "CP2": (2, degrees(), "qwen2_tied", 2),
+    "CP4": (4, degrees(cp=4), "qwen3_head_dim", 2),
+    "CP2xTP2": (4, degrees(tp=2), "qwen2_untied", 2),
+    "CP2xPP2": (4, degrees(pp=2), "qwen3_odd_vocabulary", 2),
+    "CP2xPP3": (6, degrees(pp=3), "qwen2_tied", 4),
+    "CP2xTP2xPP2": (8, degrees(tp=2, pp=2), "qwen3_odd_vocabulary", 2),
     "CP2xPP2xVPP2": (4, degrees(pp=2, vpp=2), "qwen3_head_dim", 4),
-    "CP2xDP2": (4, degrees(), "qwen2_tied", 4),
+    "CP2xDP2": (4, degrees(), "qwen2_tied", 2),
 }
 
 

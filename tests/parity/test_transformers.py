@@ -20,19 +20,19 @@ from tests.support.workers import WorkerPool
 
 LAYOUTS: Mapping[str, tuple[int, ParallelOptions, int]] = {
     # name: processes, degrees, layers of the model
-    "TP2": (2, ParallelOptions(tensor_model_parallel_size=2), 4),
-    "TP4": (4, ParallelOptions(tensor_model_parallel_size=4), 4),
-    "PP2": (2, ParallelOptions(pipeline_model_parallel_size=2), 4),
+    "TP2": (2, ParallelOptions(tensor_model_parallel_size=2), 2),
+    "TP4": (4, ParallelOptions(tensor_model_parallel_size=4), 2),
+    "PP2": (2, ParallelOptions(pipeline_model_parallel_size=2), 2),
     "PP3 with 5 layers": (3, ParallelOptions(pipeline_model_parallel_size=3), 5),
     "PP2xVPP2": (
         2,
         ParallelOptions(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
         4,
     ),
-    "DP2": (2, ParallelOptions(), 4),
-    "TP2xPP2": (4, ParallelOptions(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 4),
-    "TP2xDP2": (4, ParallelOptions(tensor_model_parallel_size=2), 4),
-    "PP2xDP2": (4, ParallelOptions(pipeline_model_parallel_size=2), 4),
+    "DP2": (2, ParallelOptions(), 2),
+    "TP2xPP2": (4, ParallelOptions(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 2),
+    "TP2xDP2": (4, ParallelOptions(tensor_model_parallel_size=2), 2),
+    "PP2xDP2": (4, ParallelOptions(pipeline_model_parallel_size=2), 2),
     "TP2xPP2xVPP2": (
         4,
         ParallelOptions(
