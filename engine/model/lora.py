@@ -86,14 +86,17 @@ class LoraLinear(torch.nn.Module):
         self.register_parameter(name, weight)
 
     def down(self, x: Tensor) -> list[Tensor]:
-        """A x for every adapter, in order: [..., in] -> [..., R]."""
+        """scaling * A x for every adapter, in order: [..., in] -> [..., R]; scaled where it is small."""
         weights = [getattr(self, name + A).to(x.dtype) for name in self.adapters]
         if self.dropout and self.training:
-            with mcore.dropout_rng():
-                inputs = [F.dropout(x, self.dropout) for _ in weights]
-            return [F.linear(value, weight) for value, weight in zip(inputs, weights, strict=True)]
-        ranks = [weight.shape[0] for weight in weights]
-        return list(F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0]).split(ranks, dim=-1))
+            # Each adapter drops inputs of its own, as in PEFT.
+            low = [F.linear(F.dropout(x, self.dropout), weight) for weight in weights]
+        else:
+            ranks = [weight.shape[0] for weight in weights]
+            low = list(
+                F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0]).split(ranks, dim=-1)
+            )
+        return [part * shape.scaling for part, shape in zip(low, self.adapters.values(), strict=True)]
 
 
 class LoraColumnLinear(LoraLinear):
@@ -137,7 +140,7 @@ class LoraColumnLinear(LoraLinear):
         parts = []
         for name, (out_features, _) in self.sizes.items():
             if name in self.adapters:
-                part = F.linear(low.pop(0), self._up(name).to(x.dtype)) * self.adapters[name].scaling
+                part = F.linear(low.pop(0), self._up(name).to(x.dtype))
             else:
                 features = out_features * self.ranks_per_group // self.tp.size
                 part = x.new_zeros(()).expand(*shape, features)
@@ -181,7 +184,7 @@ class LoraRowLinear(LoraLinear):
         (name,), (low,) = self.adapters, self.down(x)
         if self.tp.sequence_parallel:
             low = tensor_parallel.reduce_scatter_to_sequence_parallel_region(low, group=self.tp.group)
-        return F.linear(low, getattr(self, name + B).to(x.dtype)) * self.adapters[name].scaling
+        return F.linear(low, getattr(self, name + B).to(x.dtype))
 
 
 def attach_lora(chunk: "BraidGPTModel", lora: LoraSpec, layers: range) -> None:

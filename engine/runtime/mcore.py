@@ -19,8 +19,6 @@ import torch.distributed as dist
 from engine.config.parallel import ParallelLayout
 from engine.runtime.platform import Platform
 
-_DROPOUT_STATE = "braid-dropout"
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Groups:
@@ -124,17 +122,9 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    # Megatron's own states are alike on all data-parallel replicas, which would then drop the same inputs.
-    tensor_parallel.get_cuda_rng_tracker().add(_DROPOUT_STATE, seed + 1 + 100003 * (1 + dist.get_rank()))
-
-
-def dropout_rng() -> Any:
-    """Context in which the device's random numbers are this rank's own; saved and restored with checkpoints
-    and by recomputation.
-    """
-    from megatron.core import tensor_parallel
-
-    return tensor_parallel.get_cuda_rng_tracker().fork(_DROPOUT_STATE)
+    # What draws outside of Megatron's tracker, the dropout of adapters, must not drop the same on every rank.
+    # The device's own state is saved with checkpoints and put back by recomputation.
+    torch.cuda.manual_seed(seed + 1 + 100003 * (1 + dist.get_rank()))
 
 
 def rng_state() -> dict[str, Any]:

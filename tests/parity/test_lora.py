@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from converters.adapter import open_adapter
 from engine.config.options import ParallelOptions, RecomputeOptions
@@ -15,6 +16,7 @@ from engine.model.spec import load_model_spec
 from tests.parity.test_transformers import LAYOUTS, assert_parity, train_on, train_plainly
 from tests.support.models import FEW_KV_HEADS, save_adapter, save_tiny_model
 from tests.support.reference import Reference
+from tests.support.training import LayoutResult
 from tests.support.workers import WorkerPool
 
 NAMES = ("TP2", "TP4", "PP2", "PP2xVPP2", "TP2xDP2")
@@ -105,3 +107,19 @@ def test_recomputation_equals_peft(workers: WorkerPool, bases: Bases, granularit
 @pytest.mark.parametrize("optimizer", [{"use_distributed_optimizer": False}, {"overlap_param_gather": False}])
 def test_optimizer_equals_peft(workers: WorkerPool, bases: Bases, optimizer: dict[str, Any]) -> None:
     check(workers, bases, "qwen2_tied", "all-linear", "TP2xDP2", optimizer=optimizer)
+
+
+def test_recomputation_drops_the_same_inputs_again(workers: WorkerPool, bases: Bases, tmp_path: Path) -> None:
+    """Dropout cannot equal PEFT's, but a recomputed layer must drop what it dropped before."""
+    model_dir = bases.model("qwen3_head_dim", 2)
+    adapter = str(save_adapter(model_dir, tmp_path / "adapter", lora_dropout=0.3))
+    world_size, parallel, _ = LAYOUTS["TP2xDP2"]
+
+    def train(**changes: Any) -> list[LayoutResult]:
+        return train_on(workers, world_size, model_dir, parallel, adapter=adapter, **changes)
+
+    plain, again = train(), train(recompute=RecomputeOptions(gradient_checkpointing=True))
+    assert plain[0].losses == again[0].losses
+    assert plain[0].losses[0] != plain[0].eval_loss, "nothing was dropped"
+    for name, gradient in plain[0].gradients.items():
+        torch.testing.assert_close(again[0].gradients[name], gradient, rtol=1e-5, atol=1e-7)
