@@ -13,7 +13,7 @@ from converters.mapping import Weight, weight_map
 from engine.model.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from engine.model.provider import BraidGPTModel
+    from engine.model.gpt import BraidGPTModel
     from engine.runtime.mcore import Groups
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from engine.data.loader import Loader
     from engine.data.prepare import PreparedData
     from engine.data.stream import StreamLoader
-    from engine.model.provider import BraidGPTModel
+    from engine.model.gpt import BraidGPTModel
     from engine.runtime.mcore import Groups
 
 _DISTRIBUTED_TIMEOUT_MINUTES = 60

@@ -8,7 +8,7 @@ part in its arithmetic by a cast.
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,10 @@ from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
+from engine.model.gpt import BraidGPTModel
 from engine.model.lora_spec import PROJECTIONS, LoraSpec, LowRank, projection_size
 from engine.model.spec import ModelSpec
 from engine.runtime import mcore
-
-if TYPE_CHECKING:
-    from engine.model.provider import BraidGPTModel
 
 A, B = "_lora_A", "_lora_B"
 CHECKPOINT_PREFIX = "adapter."
@@ -187,7 +185,7 @@ class LoraRowLinear(LoraLinear):
         return F.linear(low, getattr(self, name + B).to(x.dtype))
 
 
-def attach_lora(chunk: "BraidGPTModel", lora: LoraSpec, layers: range) -> None:
+def attach_lora(chunk: BraidGPTModel, lora: LoraSpec, layers: range) -> None:
     """Freeze the chunk and put adapters around its linears; `layers` are the global indices of its layers.
 
     A starts random and B at zero, as in PEFT (Hu et al., 2021); see `initialize_adapters`.
@@ -243,7 +241,7 @@ class NamedAdapter:
     """Dimension that tensor parallelism cuts."""
 
 
-def named_adapters(chunk: "BraidGPTModel", layers: range) -> Iterator[NamedAdapter]:
+def named_adapters(chunk: BraidGPTModel, layers: range) -> Iterator[NamedAdapter]:
     """Every adapter parameter of a chunk whose layers have the global indices `layers`."""
     for name, parameter in chunk.named_parameters():
         if name.endswith((A, B)):
@@ -261,7 +259,7 @@ def adapter_name(layer: int, parameter: str) -> str:
 
 
 @torch.no_grad()
-def initialize_adapters(chunks: Sequence["BraidGPTModel"], *, seed: int, groups: mcore.Groups) -> None:
+def initialize_adapters(chunks: Sequence[BraidGPTModel], *, seed: int, groups: mcore.Groups) -> None:
     """A uniform in +-1 / sqrt(in), B zero: PEFT's start. The numbers depend on the seed and the name only, so
     that every layout starts from the same adapter.
     """
@@ -280,7 +278,7 @@ def initialize_adapters(chunks: Sequence["BraidGPTModel"], *, seed: int, groups:
             adapter.parameter.copy_(part)
 
 
-def adapter_state(chunk: "BraidGPTModel", layers: range, groups: mcore.Groups) -> dict[str, ShardedTensor]:
+def adapter_state(chunk: BraidGPTModel, layers: range, groups: mcore.Groups) -> dict[str, ShardedTensor]:
     """The chunk's adapters for Megatron's distributed checkpoint, by the chunk's own parameter names."""
     names = {id(parameter): name for name, parameter in chunk.named_parameters()}
     state = {}

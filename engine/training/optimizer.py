@@ -12,7 +12,7 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from engine.config.options import OptimizerOptions
-from engine.model.provider import BraidGPTModel
+from engine.model.gpt import BraidGPTModel
 from engine.runtime import mcore
 
 
