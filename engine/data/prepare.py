@@ -1,5 +1,6 @@
 """From the data options of a run to its token stores."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.options import DataOptions
-from engine.data.sources import Row, load_rows, split_rows
-from engine.data.store import TokenStore, build_store, open_store
+from engine.data.sources import Row, load_rows, split_rows, stream_rows
+from engine.data.store import TokenStore, build_store, encode_rows, open_store
 from engine.data.template import ChatTemplate
 from engine.errors import ConfigError, DataError
 
@@ -79,6 +80,8 @@ def prepare(options: DataOptions, model_dir: str | Path, *, seed: int) -> Prepar
     elif options.split_dataset_ratio > 0:
         rows, held_out = split_rows(rows, options.split_dataset_ratio, seed)
     template = ChatTemplate(load_tokenizer(model_dir))
+    if options.streaming:
+        _try_stream(options, template)
 
     def store(part: Sequence[Row]) -> TokenStore:
         return build_store(
@@ -93,6 +96,25 @@ def prepare(options: DataOptions, model_dir: str | Path, *, seed: int) -> Prepar
     return PreparedData(
         train=None if options.streaming else store(rows), evaluation=store(held_out) if held_out else None
     )
+
+
+def _try_stream(options: DataOptions, template: ChatTemplate) -> None:
+    """Encode the first buffer of a stream: what is wrong there is said before anything is written."""
+    rows = list(itertools.islice(stream_rows(options.dataset), options.shuffle_buffer_size))
+    if not rows:
+        raise DataError(f"{', '.join(options.dataset)} holds no rows; give a data set with at least one")
+    store, report = encode_rows(
+        rows,
+        template,
+        system=options.system,
+        max_length=options.max_length,
+        truncation_strategy=options.truncation_strategy,
+    )
+    if store is None and report.rows < options.shuffle_buffer_size:
+        raise DataError(
+            f"none of the {report.rows} rows is left: all are longer than max_length={options.max_length} or "
+            f"have no answer; raise max_length"
+        )
 
 
 def open_prepared(fingerprints: tuple[str | None, str | None]) -> PreparedData | None:

@@ -247,6 +247,25 @@ def test_broken_data(place: Place, damage: Callable[[Path], Any], named: tuple[s
     )
 
 
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ("", "holds no rows"),
+        ("{oops\n", "row 1: not valid JSON"),
+        ('{"messages": [{"role": "user", "content": "?"}]}\n', "row 1"),
+    ],
+)
+def test_broken_stream(place: Place, rows: str, named: str) -> None:
+    """Said of the first buffer before anything is written."""
+    place.data.write_text(rows)
+    place.refused(place.sft("--dry_run", "--streaming", "--max_steps", "1"), named)
+
+
+def test_a_stream_of_rows_that_are_all_too_long(place: Place) -> None:
+    words = ("--dry_run", "--streaming", "--max_steps", "1", "--max_length", "4")
+    place.refused(place.sft(*words), "none of the 8 rows is left", "max_length=4")
+
+
 def test_rows_that_are_all_too_long(place: Place) -> None:
     place.refused(place.sft("--dry_run", "--max_length", "4"), "none of the 8 rows is left", "max_length=4")
 
