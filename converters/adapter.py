@@ -7,6 +7,7 @@ and down A is cut by columns and B is the same. In a checkpoint every A and B is
 import json
 import time
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -20,12 +21,18 @@ from converters.hf_files import HfReader, check_weights
 from converters.hf_writer import HfWriter, PlannedTensor
 from converters.mapping import HfTensor, Replicated, Sharded, Weight
 from engine.errors import CheckpointError, ConfigError, ModelError
-from engine.model.lora_spec import CONFIG_FILE, LoraSpec, hf_module, projection_size, read_lora_config
+from engine.model.lora_spec import (
+    CHECKPOINT_PREFIX,
+    CONFIG_FILE,
+    LoraSpec,
+    adapter_name,
+    hf_module,
+    projection_size,
+    read_lora_config,
+)
 from engine.model.spec import ModelSpec, load_model_spec
 
 ADAPTER_FILE = "adapter_model.safetensors"
-PREFIX = "adapter."
-"""Keys of adapters in a checkpoint (engine.model.lora has the same, beside the parameters)."""
 
 _HF_PREFIX = "base_model.model."
 _ROW_PARALLEL = ("o_proj", "down_proj")
@@ -41,7 +48,7 @@ def adapter_map(spec: ModelSpec, lora: LoraSpec) -> dict[str, Weight]:
             ("lora_A", (shape.rank, in_features), row),
             ("lora_B", (out_features, shape.rank), not row),
         ):
-            name = f"{PREFIX}layers.{layer}.{linear}.{projection}_{kind}"
+            name = adapter_name(layer, f"{linear}.{projection}_{kind}")
             tensor = HfTensor(name=f"{_HF_PREFIX}{hf_module(layer, projection)}.{kind}.weight", shape=size)
             axis = 1 if kind == "lora_A" else 0
             weights[name] = (
@@ -65,11 +72,7 @@ class PeftAdapter:
 
     def dtype(self) -> torch.dtype:
         """The narrowest dtype that holds all tensors exactly."""
-        found = torch.float16 if not self.reader.tensors else None
-        for info in self.reader.tensors.values():
-            found = info.dtype if found is None else torch.promote_types(found, info.dtype)
-        assert found is not None
-        return found
+        return reduce(torch.promote_types, (info.dtype for info in self.reader.tensors.values()))
 
 
 def open_adapter(directory: str | Path, spec: ModelSpec) -> PeftAdapter:
@@ -136,7 +139,7 @@ def check_adapter_checkpoint(
             f"now {getattr(lora, names[0])}); resume with that run's settings"
         )
     weights = adapter_map(spec, stored)
-    check_checkpoint(reader, weights, prefixes=(PREFIX,))
+    check_checkpoint(reader, weights, prefixes=(CHECKPOINT_PREFIX,))
     return weights
 
 

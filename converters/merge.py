@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from converters.adapter import PREFIX, PeftAdapter, open_adapter
+from converters.adapter import PeftAdapter, open_adapter
 from converters.convert import ConvertReport, set_config_dtype
 from converters.files import check_free_space, copy_companions, staged_directory
 from converters.hf_files import HfReader, check_weights, model_tensors
 from converters.hf_writer import DEFAULT_SHARD_SIZE, HfWriter, PlannedTensor
 from converters.mapping import weight_map
 from engine.errors import ConfigError, ModelError
-from engine.model.lora_spec import hf_module
+from engine.model.lora_spec import adapter_name, hf_module
 from engine.model.spec import ModelSpec, load_model_spec
 
 
@@ -80,7 +80,7 @@ def _deltas(spec: ModelSpec, adapter: PeftAdapter) -> Mapping[str, _Delta]:
     """What is added to which tensor of the base."""
     deltas = {}
     for layer, linear, projection, shape in adapter.lora.targets(spec.num_layers):
-        name = f"{PREFIX}layers.{layer}.{linear}.{projection}_"
-        a, b = (adapter.weights[name + kind].hf[0].name for kind in ("lora_A", "lora_B"))
+        names = (adapter_name(layer, f"{linear}.{projection}_{kind}") for kind in ("lora_A", "lora_B"))
+        a, b = (adapter.weights[name].hf[0].name for name in names)
         deltas[f"{hf_module(layer, projection)}.weight"] = _Delta(a=a, b=b, scaling=shape.scaling)
     return deltas

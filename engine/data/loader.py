@@ -15,7 +15,7 @@ from engine.data.packing import Packs
 from engine.data.store import TokenStore
 
 # Steps assembled ahead: enough to hide the work, and host memory stays bounded.
-_STEPS_AHEAD = 2
+STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class Loader:
         try:
             for number in numbers:
                 ahead.append(pool.submit(self._assemble, number))
-                if len(ahead) > _STEPS_AHEAD:
+                if len(ahead) > STEPS_AHEAD:
                     yield _timed(ahead.popleft().result)
             while ahead:
                 yield _timed(ahead.popleft().result)

@@ -34,11 +34,8 @@ class PreparedData:
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError if the tokenizer makes ids that the model's embedding does not have."""
         for store in (self.train, self.evaluation):
-            if store is not None and (largest := store.largest_id) >= vocab_size:
-                raise DataError(
-                    f"the tokenizer makes token id {largest}, but the model's vocab_size is {vocab_size}; "
-                    f"tokenizer and weights belong to different models"
-                )
+            if store is not None:
+                store.check_vocabulary(vocab_size)
 
     def summary(self) -> str:
         """How rows became sequences, a line for each store."""

@@ -125,6 +125,14 @@ class TokenStore:
         """The largest token id of the store."""
         return int(self._input_ids.max())
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise DataError if the tokenizer makes ids that the model's embedding does not have."""
+        if self.largest_id >= vocab_size:
+            raise DataError(
+                f"the tokenizer makes token id {self.largest_id}, but the model's vocab_size is "
+                f"{vocab_size}; tokenizer and weights belong to different models"
+            )
+
     @cached_property
     def supervised_counts(self) -> np.ndarray:
         """Targets of every row, int64 [N]."""

@@ -15,20 +15,16 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from engine.data.batches import collate, deal, order_by_work
-from engine.data.loader import StepBatch
+from engine.data.loader import STEPS_AHEAD, StepBatch
 from engine.data.packing import pack
 from engine.data.sources import Row, dataset_files, stream_rows
 from engine.data.store import StoreReport, TokenStore, TruncationStrategy, encode_rows
 from engine.data.template import ChatTemplate, EncodedRow
 from engine.errors import DataError
-
-# Steps assembled ahead of the one that trains.
-_STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +121,7 @@ class StreamLoader:
         for name in self.datasets:
             digest.update(f"\n{name}".encode())
             for path in dataset_files(name):
-                digest.update(f"\n{Path(path).name} {Path(path).stat().st_size}".encode())
+                digest.update(f"\n{path.name} {path.stat().st_size}".encode())
         return digest.hexdigest()
 
     def describe(self) -> str:
@@ -210,14 +206,11 @@ class StreamLoader:
         self.report = self.report.plus(report)
         if store is None:
             return
-        if store.largest_id >= encoding.vocab_size:
-            raise DataError(
-                f"the tokenizer makes token id {store.largest_id}, but the model's vocab_size is "
-                f"{encoding.vocab_size}; tokenizer and weights belong to different models"
-            )
+        store.check_vocabulary(encoding.vocab_size)
         groups, work = self._group(store)
-        order = order_by_work(work, self.plan.global_batch_size, self.plan.seed, at.buffer)
-        if encoding.capacity is None:
+        if encoding.capacity is not None:
+            order = order_by_work(work, self.plan.global_batch_size, self.plan.seed, at.buffer)
+        else:
             order = np.random.default_rng([self.plan.seed, at.buffer]).permutation(len(groups))
         for place, index in list(enumerate(order))[at.taken :]:
             yield _Sequence(
@@ -237,7 +230,7 @@ class StreamLoader:
 
 def _ahead(batches: Iterator[StepBatch]) -> Iterator[StepBatch]:
     """The same batches, assembled in a thread while the consumer works on earlier ones."""
-    ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(_STEPS_AHEAD)
+    ready: queue.Queue[StepBatch | BaseException | None] = queue.Queue(STEPS_AHEAD)
     stopped = threading.Event()
 
     def put(item: StepBatch | BaseException | None) -> None:

@@ -5,7 +5,7 @@ Shape suffixes: T tokens of a rank, K keys, N query heads of this rank, G key/va
 
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -48,15 +48,9 @@ class Segments:
         """Context-parallel rank `rank` of `size` has the chunks `rank` and `2 * size - 1 - rank` of the
         2 * size equal chunks of every document; keys are those of all ranks, in order.
         """
-        q_lengths, k_starts, k_lengths, start = [], [], [], 0
-        for length in lengths:
-            chunk = length // (2 * size)
-            for index in (rank, 2 * size - 1 - rank):
-                q_lengths.append(chunk)
-                k_starts.append(start)
-                k_lengths.append((index + 1) * chunk)
-            start += length
-        return cls._make(tuple(q_lengths), tuple(k_starts), tuple(k_lengths), device, plain=False)
+        own = [(chunk, start, (index + 1) * chunk) for start, index, chunk in own_chunks(lengths, rank, size)]
+        q_lengths, k_starts, k_lengths = zip(*own, strict=True)
+        return cls._make(q_lengths, k_starts, k_lengths, device, plain=False)
 
     @classmethod
     def _make(
@@ -84,6 +78,18 @@ class Segments:
             cu_k=boundaries(k_lengths),
             key_index=index,
         )
+
+
+def own_chunks(lengths: Sequence[int], rank: int, size: int) -> Iterator[tuple[int, int, int]]:
+    """(start of the document, index of the chunk in it, tokens of the chunk) of every chunk that
+    context-parallel rank `rank` of `size` has, in order.
+    """
+    start = 0
+    for length in lengths:
+        assert length % (2 * size) == 0, f"{length} tokens are not cut into {2 * size} equal chunks"
+        for index in (rank, 2 * size - 1 - rank):
+            yield start, index, length // (2 * size)
+        start += length
 
 
 def attend(query_TND: Tensor, key_KGD: Tensor, value_KGD: Tensor, segments: Segments, scale: float) -> Tensor:

@@ -14,19 +14,17 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
+from engine.model.attention import own_chunks
+
 
 def shard_positions(lengths: Sequence[int], rank: int, size: int) -> Tensor:
     """Positions, int64 [T / size], of the tokens of a rank in a sequence of documents of `lengths` tokens."""
-    parts, start = [], 0
-    for length in lengths:
-        assert length % (2 * size) == 0, (
-            f"a document of {length} tokens is not cut into {2 * size} equal chunks"
-        )
-        chunk = length // (2 * size)
-        for index in (rank, 2 * size - 1 - rank):
-            parts.append(torch.arange(start + index * chunk, start + (index + 1) * chunk))
-        start += length
-    return torch.cat(parts)
+    return torch.cat(
+        [
+            torch.arange(start + index * chunk, start + (index + 1) * chunk)
+            for start, index, chunk in own_chunks(lengths, rank, size)
+        ]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

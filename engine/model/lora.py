@@ -17,13 +17,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from engine.model.gpt import BraidGPTModel
-from engine.model.lora_spec import PROJECTIONS, LoraSpec, LowRank, projection_size
+from engine.model.lora_spec import PROJECTIONS, LoraSpec, LowRank, adapter_name, projection_size
 from engine.model.spec import ModelSpec
 from engine.runtime import mcore
 
 A, B = "_lora_A", "_lora_B"
-CHECKPOINT_PREFIX = "adapter."
-"""Keys of adapters in a checkpoint start with this, those of a whole model do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,11 +249,6 @@ def named_adapters(chunk: BraidGPTModel, layers: range) -> Iterator[NamedAdapter
                 parameter=parameter,
                 partition=parameter.partition_dim if parameter.tensor_model_parallel else None,
             )
-
-
-def adapter_name(layer: int, parameter: str) -> str:
-    """Name in checkpoints of e.g. `mlp.linear_fc2.down_proj_lora_A` in a decoder layer (global index)."""
-    return f"{CHECKPOINT_PREFIX}layers.{layer}.{parameter}"
 
 
 @torch.no_grad()

@@ -26,6 +26,9 @@ PROJECTIONS: Mapping[str, tuple[str, ...]] = {
     "mlp.linear_fc1": ("gate_proj", "up_proj"),
     "mlp.linear_fc2": ("down_proj",),
 }
+CHECKPOINT_PREFIX = "adapter."
+"""Keys of adapters in a checkpoint start with this, those of a whole model do not."""
+
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _NAMES = tuple(name for names in PROJECTIONS.values() for name in names)
 # Modules of the model that a careless regular expression takes in, and PEFT then adapts or stumbles over.
@@ -207,6 +210,11 @@ def hf_module(layer: int, projection: str) -> str:
     """transformers' name of a projection, to which PEFT applies its patterns."""
     block = "mlp" if projection in _MLP else "self_attn"
     return f"model.layers.{layer}.{block}.{projection}"
+
+
+def adapter_name(layer: int, parameter: str) -> str:
+    """Name in checkpoints of e.g. `mlp.linear_fc2.down_proj_lora_A` in a decoder layer (global index)."""
+    return f"{CHECKPOINT_PREFIX}layers.{layer}.{parameter}"
 
 
 def projection_size(spec: ModelSpec, projection: str) -> tuple[int, int]:
