@@ -5,21 +5,24 @@ and down A is cut by columns and B is the same. In a checkpoint every A and B is
 """
 
 import json
-import time
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from converters.companions import COMPANIONS_DIR, read_source_info, torch_dtype, write_companions
-from converters.convert import ConvertReport
-from converters.dist_ckpt import DistReader, DistWriter, check_checkpoint
-from converters.files import check_free_space, dtype_name, fsync, inside, staged_directory
-from converters.hf_files import HfReader, check_weights
-from converters.hf_writer import HfWriter, PlannedTensor
-from converters.mapping import HfTensor, Replicated, Sharded, Weight
+from converters.conversion import Conversion, ConvertReport, carry_out
+from converters.convert import output_files, stored_dtypes
+from converters.files import dtype_name, fsync, inside
+from converters.hf.layout import PlannedTensor, plan_layout
+from converters.hf.reader import HfReader, check_weights
+from converters.mapping import HfTensor, Replicated, Sharded, Weight, hf_tensors
+from converters.mcore.companions import COMPANIONS_DIR, read_source_info, torch_dtype, write_companions
+from converters.mcore.frame import write_frame
+from converters.mcore.layout import plan_checkpoint
+from converters.mcore.reader import DistReader, McoreSource, check_checkpoint, check_files
+from converters.source import Source, row_blocks
+from converters.transfer import TransferOptions
 from engine.errors import CheckpointError, ConfigError, ModelError
 from engine.model.lora_spec import (
     CHECKPOINT_PREFIX,
@@ -143,56 +146,76 @@ def check_adapter_checkpoint(
     return weights
 
 
-def to_peft(checkpoint_dir: str | Path, output_dir: str | Path) -> ConvertReport:
-    """Convert a checkpoint of adapters into a PEFT directory.
+def to_peft(
+    checkpoint_dir: str | Path, output_dir: str | Path, *, options: TransferOptions | None = None
+) -> ConvertReport:
+    """`plan_to_peft`, carried out."""
+    return carry_out(plan_to_peft(checkpoint_dir), output_dir, options=options)
+
+
+def plan_to_peft(checkpoint_dir: str | Path) -> Conversion:
+    """A checkpoint of adapters as a PEFT directory.
 
     Tensors are written in the dtype of the adapter that the run started from if they all fit into it exactly,
     as they do after zero steps; otherwise in the checkpoint's, fp32. Raises CheckpointError for what is wrong
-    with the checkpoint, OutputError for the target.
+    with the checkpoint.
     """
-    started = time.monotonic()
     reader = DistReader(checkpoint_dir)
     companions = reader.directory / COMPANIONS_DIR
     weights = check_adapter_checkpoint(reader, load_model_spec(companions))
-    tensors: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        tensors |= weight.to_hf(reader.read(name, weight))
-    wanted = read_source_info(checkpoint_dir).adapter_dtype
-    if wanted is not None:
-        narrow = {name: tensor.to(torch_dtype(wanted)) for name, tensor in tensors.items()}
-        if all(torch.equal(narrow[name].to(tensor.dtype), tensor) for name, tensor in tensors.items()):
-            tensors = narrow
-    plan = [PlannedTensor(name=n, dtype=t.dtype, shape=tuple(t.shape)) for n, t in tensors.items()]
-    total = sum(tensor.nbytes for tensor in plan)
-    with staged_directory(output_dir) as stage:
-        check_free_space(stage.parent, total)
-        with HfWriter(stage, plan, max_shard_size=total + 1, single_file=ADAPTER_FILE) as writer:
-            for name, tensor in tensors.items():
-                writer.add(name, tensor)
+    check_files(reader)
+    source, wanted = McoreSource(reader, weights), read_source_info(checkpoint_dir).adapter_dtype
+    narrow = torch_dtype(wanted) if wanted is not None else None
+    if narrow is not None and not all(_all_fit(source, name, narrow) for name in hf_tensors(weights)):
+        narrow = None
+    tensors = [
+        PlannedTensor(name=name, dtype=narrow or source.dtype(name), shape=tensor.shape)
+        for name, tensor in hf_tensors(weights).items()
+    ]
+    size = sum(tensor.nbytes for tensor in tensors)
+    layout = plan_layout(tensors, max_shard_size=size + 1, single_file=ADAPTER_FILE)
+
+    def finish(stage: Path) -> None:
         (stage / CONFIG_FILE).write_bytes(inside(companions, CONFIG_FILE, error=CheckpointError).read_bytes())
         fsync(stage / CONFIG_FILE)
-    return ConvertReport(
-        output_dir=Path(output_dir), tensors=len(plan), bytes=total, seconds=time.monotonic() - started
-    )
+
+    files = output_files(layout, source)
+    return Conversion(kind="peft", source=source, files=files, tensors=len(tensors), finish=finish)
 
 
-def adapter_to_mcore(model_dir: str | Path, adapter_dir: str | Path, output_dir: str | Path) -> ConvertReport:
-    """Convert a PEFT directory into a checkpoint of adapters for the base `model_dir`, in its own dtype.
-    Raises ModelError for what is wrong with either, OutputError for the target.
+def _all_fit(source: Source, name: str, dtype: torch.dtype) -> bool:
+    """Whether every element of a tensor is the same in `dtype`."""
+    blocks = (source.read_rows(name, first, last) for first, last in row_blocks(source, name))
+    return all(torch.equal(block.to(dtype).to(block.dtype), block) for block in blocks)
+
+
+def adapter_to_mcore(
+    model_dir: str | Path,
+    adapter_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    options: TransferOptions | None = None,
+) -> ConvertReport:
+    """`plan_adapter_to_mcore`, carried out."""
+    return carry_out(plan_adapter_to_mcore(model_dir, adapter_dir), output_dir, options=options)
+
+
+def plan_adapter_to_mcore(model_dir: str | Path, adapter_dir: str | Path) -> Conversion:
+    """A PEFT directory as a checkpoint of adapters for the base `model_dir`, in its own dtype. Raises
+    ModelError for what is wrong with either.
     """
-    started = time.monotonic()
     spec = load_model_spec(model_dir)
     adapter = open_adapter(adapter_dir, spec)
-    total = sum(info.stop - info.start for info in adapter.reader.tensors.values())
-    with staged_directory(output_dir) as stage:
-        check_free_space(stage.parent, total)
+    plan = plan_checkpoint(adapter.weights, stored_dtypes(adapter.reader, adapter.weights))
+
+    def finish(stage: Path) -> None:
         write_adapter_companions(model_dir, stage, config=adapter.config(), dtype=adapter.dtype())
-        with DistWriter(stage, num_layers=spec.num_layers) as writer:
-            for name, weight in adapter.weights.items():
-                writer.add(name, weight.to_megatron(adapter.reader.read_slice))
-    return ConvertReport(
-        output_dir=Path(output_dir),
+        write_frame(stage, plan.tensors)
+
+    return Conversion(
+        kind="mcore-adapter",
+        source=adapter.reader,
+        files=plan.files,
         tensors=len(adapter.weights),
-        bytes=total,
-        seconds=time.monotonic() - started,
+        finish=finish,
     )

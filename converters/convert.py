@@ -1,19 +1,28 @@
-"""Hugging Face <-> Megatron `torch_dist` checkpoints, tensor by tensor, without a process group.
+"""Hugging Face <-> Megatron `torch_dist` checkpoints, without a process group, a GPU or Megatron.
 
-A round trip reproduces every tensor's name, shape, dtype and bytes. Peak memory is that of the largest tensor
-and its copy, whatever the size of the model.
+A round trip reproduces every tensor's name, shape, dtype and bytes, and the files too where they fit.
 """
 
 import json
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
 import torch
 
-from converters.companions import (
+from converters.conversion import Conversion, ConvertReport, carry_out
+from converters.files import copy_companions, dtype_name, write_json
+from converters.hf.layout import (
+    DEFAULT_SHARD_SIZE,
+    HfLayout,
+    PlannedTensor,
+    fits,
+    kept_layout,
+    plan_layout,
+)
+from converters.hf.reader import EMBEDDING, INDEX_FILE, LM_HEAD, HfReader, check_weights
+from converters.mapping import Weight, hf_tensors, weight_map
+from converters.mcore.companions import (
     COMPANIONS_DIR,
     SourceInfo,
     describe_source,
@@ -21,81 +30,55 @@ from converters.companions import (
     torch_dtype,
     write_companions,
 )
-from converters.dist_ckpt import DistReader, DistWriter, check_checkpoint, stacked_key
-from converters.files import check_free_space, copy_companions, dtype_name, staged_directory, write_json
-from converters.hf_files import EMBEDDING, LM_HEAD, HfReader, check_weights
-from converters.hf_writer import DEFAULT_SHARD_SIZE, HfWriter, PlannedTensor
-from converters.mapping import Weight, weight_map
-from engine.errors import CheckpointError, ConfigError
+from converters.mcore.frame import write_frame
+from converters.mcore.layout import plan_checkpoint
+from converters.mcore.reader import DistReader, McoreSource, check_checkpoint, check_files, stacked_key
+from converters.source import Source
+from converters.transfer import OutputFile, TransferOptions, whole_tensor
+from engine.errors import CheckpointError
 from engine.model.spec import load_model_spec
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConvertReport:
-    """What a conversion wrote."""
-
-    output_dir: Path
-    tensors: int
-    bytes: int
-    """Bytes of tensor data."""
-    seconds: float
-
-    def line(self) -> str:
-        """For the terminal."""
-        rate = self.bytes / 1e9 / max(self.seconds, 1e-9)
-        return (
-            f"{self.output_dir}: {self.tensors} tensors, {self.bytes / 1e9:.3f} GB in {self.seconds:.2f} s "
-            f"({rate:.2f} GB/s)"
-        )
-
-
 def to_mcore(
-    model_dir: str | Path, output_dir: str | Path, *, dtype: torch.dtype | None = None
+    model_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    options: TransferOptions | None = None,
 ) -> ConvertReport:
-    """Convert a Hugging Face directory into a Megatron checkpoint, loadable under every layout.
+    """`plan_to_mcore`, carried out."""
+    return carry_out(plan_to_mcore(model_dir, dtype=dtype), output_dir, options=options)
 
-    Weights keep their dtype unless `dtype` is given. Raises ModelError for what is wrong with the source,
-    OutputError for the target; a failure leaves nothing behind.
+
+def plan_to_mcore(model_dir: str | Path, *, dtype: torch.dtype | None = None) -> Conversion:
+    """A Hugging Face directory as a Megatron checkpoint, loadable under every layout.
+
+    Weights keep their dtype unless `dtype` is given. Raises ModelError for what is wrong with the source.
     """
-    started = time.monotonic()
-    spec = load_model_spec(model_dir)
+    spec, source = load_model_spec(model_dir), HfReader(model_dir)
     weights = weight_map(spec)
-    reader = HfReader(model_dir)
-    check_weights(reader, weights)
-    dtypes = _mcore_dtypes(reader, weights, dtype)
-    source = describe_source(model_dir, keep_dtypes=dtype is None)
-    total = 0
-    with staged_directory(output_dir) as stage:
-        check_free_space(
-            stage.parent,
-            sum(_elements(w) * dtypes[stacked_key(w.name).key].itemsize for w in weights.values()),
-        )
-        write_companions(model_dir, stage, source=source)
-        with DistWriter(stage, num_layers=spec.num_layers) as writer:
-            for weight in weights.values():
-                tensor = weight.to_megatron(reader.read_slice).to(dtypes[stacked_key(weight.name).key])
-                writer.add(weight.name, tensor)
-                total += tensor.nbytes
-    return ConvertReport(
-        output_dir=Path(output_dir), tensors=len(weights), bytes=total, seconds=time.monotonic() - started
-    )
+    check_weights(source, weights)
+    plan = plan_checkpoint(weights, stored_dtypes(source, weights, dtype))
+    info = describe_source(model_dir, keep_dtypes=dtype is None)
+
+    def finish(stage: Path) -> None:
+        write_companions(model_dir, stage, source=info)
+        write_frame(stage, plan.tensors, spec)
+
+    return Conversion(kind="mcore", source=source, files=plan.files, tensors=len(weights), finish=finish)
 
 
-def _elements(weight: Weight) -> int:
-    return int(torch.Size(weight.shape).numel())
-
-
-def _mcore_dtypes(
-    reader: HfReader, weights: Mapping[str, Weight], dtype: torch.dtype | None
+def stored_dtypes(
+    source: Source, weights: Mapping[str, Weight], dtype: torch.dtype | None = None
 ) -> dict[str, torch.dtype]:
-    """dtype of each stacked key: the one asked for, or the narrowest that holds all of its source tensors
-    exactly.
+    """dtype of each key of a checkpoint: the one asked for, or the narrowest that holds all of its source
+    tensors exactly.
     """
-    sources: dict[str, list[torch.dtype]] = {}
+    found: dict[str, list[torch.dtype]] = {}
     for weight in weights.values():
-        found = sources.setdefault(stacked_key(weight.name).key, [])
-        found += [reader.tensors[tensor.name].dtype for tensor in weight.hf]
-    return {key: dtype or reduce(torch.promote_types, found) for key, found in sources.items()}
+        dtypes = found.setdefault(stacked_key(weight.name).key, [])
+        dtypes += [source.dtype(tensor.name) for tensor in weight.hf]
+    return {key: dtype or reduce(torch.promote_types, dtypes) for key, dtypes in found.items()}
 
 
 def to_hf(
@@ -103,54 +86,80 @@ def to_hf(
     output_dir: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    max_shard_size: int | None = None,
+    options: TransferOptions | None = None,
 ) -> ConvertReport:
-    """Convert a Megatron checkpoint, converted or trained, into a Hugging Face directory.
+    """`plan_to_hf`, carried out."""
+    plan = plan_to_hf(checkpoint_dir, dtype=dtype, max_shard_size=max_shard_size)
+    return carry_out(plan, output_dir, options=options)
+
+
+def plan_to_hf(
+    checkpoint_dir: str | Path, *, dtype: torch.dtype | None = None, max_shard_size: int | None = None
+) -> Conversion:
+    """A Megatron checkpoint, converted or trained, as a Hugging Face directory.
 
     Weights keep the checkpoint's dtype unless `dtype` is given (a converted mixed-precision source gets its
-    own back); `max_shard_size` is in bytes. Raises CheckpointError for what is wrong with the checkpoint,
-    OutputError for the target; a failure leaves nothing behind.
+    own back). `max_shard_size` is in bytes; without it the files are those of the source, if the checkpoint
+    knows them and the dtypes are the same. Raises CheckpointError for what is wrong with the checkpoint.
     """
-    started = time.monotonic()
-    if max_shard_size < 1:
-        raise ConfigError(f"max_shard_size must be a positive number of bytes, not {max_shard_size}")
-    reader = DistReader(checkpoint_dir)
-    source = read_source_info(checkpoint_dir)
-    companions = Path(checkpoint_dir) / COMPANIONS_DIR
+    reader, info = DistReader(checkpoint_dir), read_source_info(checkpoint_dir)
+    companions = reader.directory / COMPANIONS_DIR
     weights = weight_map(load_model_spec(companions))
     check_checkpoint(reader, weights)
-    plan = _hf_plan(reader, weights, source, dtype)
-    total = sum(tensor.nbytes for tensor in plan.values())
-    with staged_directory(output_dir) as stage:
-        check_free_space(stage.parent, total)
+    check_files(reader)
+    source = McoreSource(reader, weights)
+    plan = _hf_tensors(source, weights, info, dtype)
+    layout = hf_layout(kept_layout(reader.directory), plan, max_shard_size)
+
+    def finish(stage: Path) -> None:
         copy_companions(companions, stage, error=CheckpointError)
         set_config_dtype(stage / "config.json", {tensor.dtype for tensor in plan.values()})
-        with HfWriter(stage, list(plan.values()), max_shard_size=max_shard_size) as writer:
-            for weight in weights.values():
-                for name, tensor in weight.to_hf(reader.read(weight.name, weight)).items():
-                    writer.add(name, tensor.to(plan[name].dtype))
-                    if name == EMBEDDING and source.lm_head_copy:
-                        writer.add(LM_HEAD, tensor.to(plan[LM_HEAD].dtype))
-    return ConvertReport(
-        output_dir=Path(output_dir), tensors=len(plan), bytes=total, seconds=time.monotonic() - started
-    )
+
+    files = output_files(layout, source, copies={LM_HEAD: EMBEDDING} if info.lm_head_copy else {})
+    return Conversion(kind="hf", source=source, files=files, tensors=len(plan), finish=finish)
 
 
-def _hf_plan(
-    reader: DistReader, weights: Mapping[str, Weight], source: SourceInfo, dtype: torch.dtype | None
+def _hf_tensors(
+    source: Source, weights: Mapping[str, Weight], info: SourceInfo, dtype: torch.dtype | None
 ) -> dict[str, PlannedTensor]:
     """Every tensor to write by name, in the model's order."""
-    original = source.hf_dtypes or {}
+    original = info.hf_dtypes or {}
     plan: dict[str, PlannedTensor] = {}
-    for weight in weights.values():
-        stored = reader.dtype(weight.name)
-        for tensor in weight.hf:
-            kept = torch_dtype(original[tensor.name]) if tensor.name in original else stored
-            plan[tensor.name] = PlannedTensor(name=tensor.name, dtype=dtype or kept, shape=tensor.shape)
-    if source.lm_head_copy and LM_HEAD not in plan:
+    for name, tensor in hf_tensors(weights).items():
+        kept = torch_dtype(original[name]) if name in original else source.dtype(name)
+        plan[name] = PlannedTensor(name=name, dtype=dtype or kept, shape=tensor.shape)
+    if info.lm_head_copy and LM_HEAD not in plan:
         embedding = plan[EMBEDDING]
         plan[LM_HEAD] = PlannedTensor(name=LM_HEAD, dtype=embedding.dtype, shape=embedding.shape)
     return plan
+
+
+def hf_layout(
+    kept: HfLayout | None, plan: Mapping[str, PlannedTensor], max_shard_size: int | None
+) -> HfLayout:
+    """The layout of the source's files, unless another size is asked for or other tensors are written."""
+    if kept is not None and max_shard_size is None and fits(kept, plan):
+        return kept
+    size = DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size
+    return plan_layout(list(plan.values()), max_shard_size=size)
+
+
+def output_files(
+    layout: HfLayout, source: Source, *, copies: Mapping[str, str] | None = None
+) -> tuple[OutputFile, ...]:
+    """The files of a layout, filled from a source. `copies` names tensors that are another one once more."""
+    copies = copies or {}
+    files = []
+    for file in layout.files:
+        tensors = (
+            whole_tensor(source, copies.get(t.name, t.name), t.dtype, copy=t.name in copies)
+            for t in file.tensors
+        )
+        files.append(OutputFile(name=file.name, parts=(file.header, *tensors)))
+    if layout.index is not None:
+        files.append(OutputFile(name=INDEX_FILE, parts=(layout.index,)))
+    return tuple(files)
 
 
 def set_config_dtype(path: Path, dtypes: set[torch.dtype]) -> None:

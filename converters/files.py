@@ -1,15 +1,14 @@
-"""Files and directories shared by every converter: safe names, byte ranges, staged output, companion files.
+"""Files shared by every converter: safe names, byte ranges, room on the disk, companion files.
 
 Nothing here knows a checkpoint format.
 """
 
 import errno
+import io
 import json
-import mmap
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -83,29 +82,65 @@ def inside(directory: Path, name: str, *, error: type[UserError]) -> Path:
     return path
 
 
-def map_bytes(path: Path, start: int, length: int) -> memoryview:
-    """Bytes [start, start + length) of a file, mapped and not read.
+def read_into(path: Path, start: int, out: Tensor) -> None:
+    """Fill a contiguous tensor with the bytes of a file from `start` on.
 
-    The mapping is private (copy on write), which gives torch the writable memory that it wants, and lives as
-    long as the view: memory in use is that of the tensors in use. Raises OSError, or ValueError if the file
-    is shorter.
+    Read, not mapped: a file that is cut off meanwhile is an error and not a crash, and memory in use is the
+    tensor's. Raises OSError, also if the file is shorter.
     """
-    if length == 0:
-        return memoryview(bytearray())
-    before = start % mmap.ALLOCATIONGRANULARITY
-    with open(path, "rb") as file:
-        mapping = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=start - before)
-    return memoryview(mapping)[before:]
+    view = bytes_of(out)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        done = 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], start + done)
+            if count == 0:
+                raise OSError(errno.EIO, f"it ends at {start + done} bytes, {len(view) - done} too early")
+            done += count
+    finally:
+        os.close(descriptor)
 
 
-def tensor_from(view: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """A tensor on the memory of `view`; a copy only where the bytes are not aligned for `dtype`."""
-    if not len(view):
-        return torch.empty(tuple(shape), dtype=dtype)
-    data = torch.frombuffer(view, dtype=torch.uint8)
-    if data.data_ptr() % dtype.itemsize:
-        data = data.clone()
-    return data.view(dtype).reshape(tuple(shape))
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+class FileRange(io.RawIOBase):
+    """Bytes [start, start + length) of a file as a file of their own, for readers of archives."""
+
+    def __init__(self, path: Path, start: int, length: int) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with this object
+        self._start, self._length, self._position = start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise OSError(errno.EINVAL, "position before the start")
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = max(0, min(len(buffer), self._length - self._position))
+        count = os.preadv(
+            self._file.fileno(), [memoryview(buffer).cast("B")[:wanted]], self._start + self._position
+        )
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 def fsync(path: Path) -> None:
@@ -133,52 +168,6 @@ def check_free_space(directory: Path, needed: int, *, what: str = "the output", 
             f"disk full: {directory} has {free / 1e9:.3f} GB free, {what} needs {needed / 1e9:.3f} GB; "
             f"make room{remedy}"
         )
-
-
-@contextmanager
-def staged_directory(final: str | Path) -> Iterator[Path]:
-    """A directory to write into that becomes `final` when the block ends, and vanishes when it fails.
-
-    Raises OutputError if `final` exists and is not an empty directory, if it cannot be written, or if the
-    disk is full. The staging directory `.<name>.partial-<pid>` is a sibling, so that `final` appears in one
-    rename.
-    """
-    target = Path(final).resolve()
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{final} is a file; choose another output directory")
-    with _output_errors(target):
-        if target.is_dir() and any(target.iterdir()):
-            raise OutputError(f"{final} is not empty; choose a new output directory or remove it")
-        # A mount point cannot be replaced; the working directory should not be pulled from under the user.
-        nested = target.is_dir() and (os.path.ismount(target) or target == Path.cwd())
-        stage = (target if nested else target.parent) / f".{target.name}.partial-{os.getpid()}"
-        try:
-            shutil.rmtree(stage, ignore_errors=True)
-            stage.mkdir(parents=True)
-            yield stage
-            fsync(stage)
-            if nested:
-                for child in stage.iterdir():
-                    child.rename(target / child.name)
-            else:
-                stage.rename(target)
-            fsync(target.parent)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-@contextmanager
-def _output_errors(target: Path) -> Iterator[None]:
-    """Turns what the operating system refuses while writing into an OutputError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                f"disk full while writing {target}; make room or choose another directory"
-            ) from error
-        place = f" ({shown(error.filename)})" if error.filename else ""
-        raise OutputError(f"{target} cannot be written: {error.strerror or error}{place}") from error
 
 
 def companion_names(source_dir: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Hugging Face weights into the Megatron model of a running rank; only the bytes of its own part are read."""
+"""Stored weights into the Megatron model of a running rank; only the bytes of its own part are read."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from converters.adapter import PeftAdapter
-from converters.hf_files import HfReader, check_weights
-from converters.mapping import Weight, weight_map
+from converters.mapping import Weight
+from converters.model import open_model
+from converters.source import Source
 from engine.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -21,18 +22,22 @@ if TYPE_CHECKING:
 def load_model_weights(
     chunks: Sequence["BraidGPTModel"], model_dir: str | Path, spec: ModelSpec, groups: "Groups"
 ) -> None:
-    """Fill every parameter of this rank's model chunks from a Hugging Face directory, cast to the model's
-    dtype.
+    """Fill every parameter of this rank's model chunks from a Hugging Face directory or a Megatron
+    checkpoint, cast to the model's dtype.
 
-    Raises ModelError if a tensor is missing, surplus, mis-shaped or unreadable.
+    Raises ModelError or CheckpointError if a tensor is missing, surplus, mis-shaped or unreadable.
     """
     from engine.model.provider import named_weights
 
-    weights, reader = weight_map(spec), HfReader(model_dir)
-    check_weights(reader, weights)
+    model = open_model(model_dir)
+    assert model.spec == spec, f"{model_dir} is not the model that the chunks were built for"
     parameters = list(named_weights(chunks, groups.layout, groups.pp_rank))
     parts = local_tensors(
-        reader, weights, (p.name for p in parameters), tp_rank=groups.tp_rank, tp_size=groups.layout.tp
+        model.source,
+        model.weights,
+        (p.name for p in parameters),
+        tp_rank=groups.tp_rank,
+        tp_size=groups.layout.tp,
     )
     for weight, (name, part) in zip(parameters, parts, strict=True):
         assert part.shape == weight.parameter.shape, f"{name}: {part.shape} is not {weight.parameter.shape}"
@@ -40,7 +45,7 @@ def load_model_weights(
 
 
 def local_tensors(
-    reader: HfReader, weights: Mapping[str, Weight], names: Iterable[str], *, tp_rank: int, tp_size: int
+    source: Source, weights: Mapping[str, Weight], names: Iterable[str], *, tp_rank: int, tp_size: int
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (canonical name, this tensor-parallel rank's part) for each of `names`, one tensor in memory at a
     time.
@@ -50,7 +55,7 @@ def local_tensors(
     layer is a copy.
     """
     for name in names:
-        yield name, weights[name].to_megatron(reader.read_slice, tp_rank, tp_size)
+        yield name, weights[name].to_megatron(source.read_slice, tp_rank, tp_size)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ of it.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,21 @@ class HfTensor:
 
     name: str
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Consecutive rows of a Megatron tensor, which are rows [start, stop) of a Hugging Face tensor."""
+
+    hf: HfTensor | None
+    """None: padding, rows of zeros."""
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +67,29 @@ class Weight(ABC):
         tensor.
         """
 
-    @abstractmethod
+    def rows(self) -> Iterator[Rows]:
+        """What the full Megatron tensor is made of, from its first row to its last, padding included."""
+        for tensor in self.hf:
+            yield Rows(hf=tensor, start=0, stop=tensor.shape[0])
+
+    def places(self) -> dict[str, list[tuple[int, Rows]]]:
+        """The inverse of `rows`: by Hugging Face name its rows in order, each with the row of the full
+        Megatron tensor at which they begin.
+        """
+        found: dict[str, list[tuple[int, Rows]]] = {tensor.name: [] for tensor in self.hf}
+        begin = 0
+        for rows in self.rows():
+            if rows.hf is not None:
+                found[rows.hf.name].append((begin, rows))
+            begin += rows.count
+        return found
+
     def to_hf(self, full: Tensor) -> dict[str, Tensor]:
         """The Hugging Face tensors inside the full Megatron tensor, contiguous."""
+        return {
+            name: torch.cat([full[begin : begin + rows.count] for begin, rows in places])
+            for name, places in self.places().items()
+        }
 
     @abstractmethod
     def merge(self, shards: list[Tensor]) -> Tensor:
@@ -77,9 +112,6 @@ class Replicated(Weight):
     def to_megatron(self, read: ReadSlice, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
         return read(self.hf[0].name, 0, 0, self.hf[0].shape[0])
 
-    def to_hf(self, full: Tensor) -> dict[str, Tensor]:
-        return {self.hf[0].name: full.contiguous()}
-
     def merge(self, shards: list[Tensor]) -> Tensor:
         return shards[0]
 
@@ -98,9 +130,6 @@ class Sharded(Weight):
         start, stop = _part(self.shape[self.axis], tp_rank, tp_size)
         return read(self.hf[0].name, self.axis, start, stop)
 
-    def to_hf(self, full: Tensor) -> dict[str, Tensor]:
-        return {self.hf[0].name: full.contiguous()}
-
     def merge(self, shards: list[Tensor]) -> Tensor:
         return torch.cat(shards, dim=self.axis)
 
@@ -116,10 +145,15 @@ class Vocabulary(Weight):
     def shape(self) -> tuple[int, ...]:
         return self.hf[0].shape
 
-    def padded_rows(self, tp_size: int) -> int:
+    def padded_rows(self, tp_size: int = 1) -> int:
         """Rows of the padded tensor under `tp_size` ranks."""
         multiple = math.lcm(self.multiple, tp_size)
         return -(-self.shape[0] // multiple) * multiple
+
+    def rows(self) -> Iterator[Rows]:
+        yield from super().rows()
+        if padding := self.padded_rows() - self.shape[0]:
+            yield Rows(hf=None, start=0, stop=padding)
 
     def to_megatron(self, read: ReadSlice, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
         rows = self.shape[0]
@@ -128,9 +162,6 @@ class Vocabulary(Weight):
         if known.shape[0] == stop - start:
             return known
         return torch.cat([known, known.new_zeros(stop - start - known.shape[0], self.shape[1])])
-
-    def to_hf(self, full: Tensor) -> dict[str, Tensor]:
-        return {self.hf[0].name: full[: self.shape[0]].contiguous()}
 
     def merge(self, shards: list[Tensor]) -> Tensor:
         return torch.cat(shards)[: self.shape[0]]
@@ -153,9 +184,14 @@ class FusedQKV(Weight):
     def shape(self) -> tuple[int, ...]:
         return (self.groups * (self.heads_per_group + 2) * self.head_dim, *self.hf[0].shape[1:])
 
-    def _rows(self) -> tuple[int, int, int]:
+    def _group_rows(self) -> tuple[int, int, int]:
         """Rows of a group's q, k and v."""
         return self.heads_per_group * self.head_dim, self.head_dim, self.head_dim
+
+    def rows(self) -> Iterator[Rows]:
+        for group in range(self.groups):
+            for tensor, count in zip(self.hf, self._group_rows(), strict=True):
+                yield Rows(hf=tensor, start=group * count, stop=(group + 1) * count)
 
     def to_megatron(self, read: ReadSlice, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
         if tp_size > self.groups:
@@ -165,17 +201,10 @@ class FusedQKV(Weight):
             return group[start:stop].contiguous()
         first, last = _part(self.groups, tp_rank, tp_size)
         parts = []
-        for tensor, rows in zip(self.hf, self._rows(), strict=True):
+        for tensor, rows in zip(self.hf, self._group_rows(), strict=True):
             part = read(tensor.name, 0, first * rows, last * rows)
             parts.append(part.reshape(last - first, rows, *part.shape[1:]))
         return torch.cat(parts, dim=1).flatten(0, 1)
-
-    def to_hf(self, full: Tensor) -> dict[str, Tensor]:
-        grouped = full.reshape(self.groups, -1, *full.shape[1:]).split(self._rows(), dim=1)
-        return {
-            tensor.name: part.flatten(0, 1).contiguous()
-            for tensor, part in zip(self.hf, grouped, strict=True)
-        }
 
     def merge(self, shards: list[Tensor]) -> Tensor:
         return torch.cat(shards)
@@ -194,10 +223,6 @@ class GatedMLP(Weight):
     def to_megatron(self, read: ReadSlice, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
         start, stop = _part(self.hf[0].shape[0], tp_rank, tp_size)
         return torch.cat([read(tensor.name, 0, start, stop) for tensor in self.hf])
-
-    def to_hf(self, full: Tensor) -> dict[str, Tensor]:
-        gate, up = full.chunk(2)
-        return {self.hf[0].name: gate.contiguous(), self.hf[1].name: up.contiguous()}
 
     def merge(self, shards: list[Tensor]) -> Tensor:
         gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)

@@ -12,11 +12,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from converters.companions import COMPANIONS_DIR
-from converters.dist_ckpt import DistReader, is_dist_checkpoint, surplus_names
 from converters.files import dtype_name
-from converters.hf_files import EMBEDDING, LM_HEAD, HfReader, check_weights, model_tensors
+from converters.hf.reader import EMBEDDING, LM_HEAD, HfReader, check_weights, model_tensors
 from converters.mapping import Weight, hf_tensors, weight_map
+from converters.mcore.companions import COMPANIONS_DIR
+from converters.mcore.reader import DistReader, is_dist_checkpoint, surplus_names
 from engine.model.spec import ModelSpec, load_model_spec
 
 Status = Literal["same", "missing", "surplus", "shape", "dtype", "values"]

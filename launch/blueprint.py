@@ -187,7 +187,7 @@ def check_files(blueprint: Blueprint) -> None:
     if blueprint.resume is not None:
         _check_checkpoint(blueprint.resume, spec, lora)
     if blueprint.resume is None or lora is not None:
-        from converters.hf_files import HfReader, check_weights
+        from converters.hf.reader import HfReader, check_weights
         from converters.mapping import weight_map
 
         check_weights(HfReader(blueprint.model_dir), weight_map(spec))
@@ -200,9 +200,8 @@ def check_files(blueprint: Blueprint) -> None:
 def _check_checkpoint(checkpoint: Path, spec: ModelSpec, lora: LoraSpec | None) -> None:
     """Raise CheckpointError if it is of another model or adapter, or a file is missing or cut off."""
     from converters.adapter import check_adapter_checkpoint, holds_adapter
-    from converters.dist_ckpt import DistReader, check_checkpoint
-    from converters.files import inside
     from converters.mapping import weight_map
+    from converters.mcore.reader import DistReader, check_checkpoint, check_files
 
     reader = DistReader(checkpoint)
     if lora is not None:
@@ -211,16 +210,7 @@ def _check_checkpoint(checkpoint: Path, spec: ModelSpec, lora: LoraSpec | None) 
         raise CheckpointError(f"{checkpoint} is of LoRA training; resume it with --train_type lora")
     else:
         check_checkpoint(reader, weight_map(spec))
-    ends: dict[str, int] = {}
-    for chunk in (chunk for tensor in reader.tensors.values() for chunk in tensor.chunks):
-        ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
-    for file, end in ends.items():
-        path = inside(checkpoint, file, error=CheckpointError)
-        size = path.stat().st_size
-        if size < end:
-            raise CheckpointError(
-                f"{path} is truncated: it has {size} bytes of {end}; resume from another checkpoint"
-            )
+    check_files(reader)
 
 
 def check_output_dir(blueprint: Blueprint) -> None:

@@ -55,7 +55,7 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
 
         return merge
     if name == "verify":
-        from launch.convert import verify
+        from launch.verify import verify
 
         return verify
     raise ConfigError(f"unknown command {name!r}; commands are sft, convert, merge, verify")

@@ -1,20 +1,64 @@
-"""`braid convert`, `braid merge` and `braid verify`: flags, and the table or line that they print."""
+"""`braid convert` and `braid merge`: flags, the plan of a dry run, the progress of a real one."""
 
-import json
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import shlex
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from engine.config.options import ParallelOptions
+from engine.config.options import LaunchOptions, ParallelOptions
 from engine.config.parallel import ParallelLayout
 from engine.config.parse import help_text, parse
-from engine.errors import ConfigError, OutputError
+from engine.errors import ConfigError
+from launch.processes import World, find_world
 
 if TYPE_CHECKING:
-    from converters.convert import ConvertReport
+    from converters.conversion import Conversion
+    from converters.transfer import TransferOptions
+
+_MIN_MEMORY = 16_000_000
+
+
+@dataclass(kw_only=True)
+class OutputOptions:
+    """What is written, and how."""
+
+    output_dir: str | None = None
+    """Directory to write; must not exist or be empty."""
+
+    torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Cast the weights; default: as they are stored."""
+
+    max_shard_size: str | None = None
+    """Largest safetensors file, as 500MB, 5GB or 5GiB; default: the files of the source where they fit, else
+    5GB.
+    """
+
+    workers: int | None = None
+    """Files that each process writes at the same time; default: one a CPU, four at most."""
+
+    max_memory: str = "256MB"
+    """Tensor data that a process holds at once, whatever the size of the model."""
+
+    dry_run: bool = False
+    """Check everything and print what would be written, and write nothing."""
+
+
+@dataclass(kw_only=True)
+class LayoutOptions:
+    """Layout that the checkpoint will be loaded under. It is only checked: what is stored is layout-free."""
+
+    tensor_model_parallel_size: int = 1
+    """Checked against the model."""
+
+    pipeline_model_parallel_size: int = 1
+    """Checked against the model."""
+
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Checked against the model."""
 
 
 @dataclass(kw_only=True)
@@ -35,23 +79,8 @@ class ConvertOptions:
     adapters becomes a PEFT directory.
     """
 
-    output_dir: str | None = None
-    """Directory to write; must not exist or be empty."""
-
-    torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Cast the weights; default: as they are stored."""
-
-    max_shard_size: str = "5GB"
-    """Largest safetensors file, as 500MB, 5GB or 5GiB."""
-
-    tensor_model_parallel_size: int = 1
-    """Checked against the model; the stored checkpoint is layout-free and loads under every degree."""
-
-    pipeline_model_parallel_size: int = 1
-    """Checked against the model; the stored checkpoint is layout-free and loads under every degree."""
-
-    virtual_pipeline_model_parallel_size: int | None = None
-    """Checked against the model; the stored checkpoint is layout-free and loads under every degree."""
+    output: OutputOptions = field(default_factory=OutputOptions)
+    layout: LayoutOptions = field(default_factory=LayoutOptions)
 
 
 @dataclass(kw_only=True)
@@ -64,28 +93,7 @@ class MergeOptions:
     adapter: str | None = None
     """PEFT LoRA adapter of that base."""
 
-    output_dir: str | None = None
-    """Directory to write; must not exist or be empty."""
-
-    torch_dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Cast the weights; default: as the base stores them. The sum is always taken in fp32."""
-
-    max_shard_size: str = "5GB"
-    """Largest safetensors file, as 500MB, 5GB or 5GiB."""
-
-
-@dataclass(kw_only=True)
-class VerifyOptions:
-    """Flags of `braid verify`."""
-
-    model: str | None = None
-    """Hugging Face directory that is right by definition."""
-
-    checkpoint: str | None = None
-    """What is compared with it: a Megatron checkpoint or a Hugging Face directory."""
-
-    report: str | None = None
-    """File for a JSON report."""
+    output: OutputOptions = field(default_factory=OutputOptions)
 
 
 def convert(argv: Sequence[str]) -> int:
@@ -101,43 +109,34 @@ def convert(argv: Sequence[str]) -> int:
         raise ConfigError(f"--to {options.to} reads --{source}; pass it")
     if getattr(options, other) is not None:
         raise ConfigError(f"--{other} does not go with --to {options.to}, which reads --{source}")
-    if options.output_dir is None:
-        raise ConfigError("no output directory given; pass --output_dir DIR")
     if options.to == "mcore":
-        _check_layout(options)
+        _check_layout(options.model or "", options.layout)
         if "max_shard_size" in given:
             raise ConfigError("max_shard_size does not go with --to mcore; it is for safetensors files")
     elif options.adapter is not None:
         raise ConfigError("--adapter does not go with --to hf; a checkpoint knows what it holds")
-    report = _convert_adapter(options, given) or _convert_model(options)
-    print(report.line())
-    return 0
+    return _run(lambda: _plan(options, given), options.output, ["convert", *argv])
 
 
-def _convert_adapter(options: ConvertOptions, given: set[str]) -> "ConvertReport | None":
-    """Converts if what is to be converted is a LoRA adapter."""
-    from converters.adapter import adapter_to_mcore, holds_adapter, to_peft
+def _plan(options: ConvertOptions, given: set[str]) -> "Conversion":
+    from converters.adapter import holds_adapter, plan_adapter_to_mcore, plan_to_peft
+    from converters.convert import plan_to_hf, plan_to_mcore
 
-    if options.adapter is None and not (options.to == "hf" and holds_adapter(options.checkpoint or "")):
-        return None
-    for name in ("torch_dtype", "max_shard_size"):
-        if name in given:
-            raise ConfigError(
-                f"{name} does not go with a LoRA adapter, which keeps its dtype and is one file"
-            )
-    if options.adapter is None:
-        return to_peft(options.checkpoint or "", options.output_dir or "")
-    return adapter_to_mcore(options.model or "", options.adapter, options.output_dir or "")
-
-
-def _convert_model(options: ConvertOptions) -> "ConvertReport":
-    from converters.convert import to_hf, to_mcore
-
-    dtype, target = _torch_dtype(options.torch_dtype), options.output_dir or ""
+    model, checkpoint, dtype = options.model or "", options.checkpoint or "", _dtype(options.output)
+    if options.adapter is not None or (options.to == "hf" and holds_adapter(checkpoint)):
+        for name in ("torch_dtype", "max_shard_size"):
+            if name in given:
+                raise ConfigError(
+                    f"{name} does not go with a LoRA adapter, which keeps its dtype and is one file"
+                )
+        return (
+            plan_to_peft(checkpoint)
+            if options.to == "hf"
+            else plan_adapter_to_mcore(model, options.adapter or "")
+        )
     if options.to == "mcore":
-        return to_mcore(options.model or "", target, dtype=dtype)
-    size = _bytes(options.max_shard_size)
-    return to_hf(options.checkpoint or "", target, dtype=dtype, max_shard_size=size)
+        return plan_to_mcore(model, dtype=dtype)
+    return plan_to_hf(checkpoint, dtype=dtype, max_shard_size=_shard_size(options.output))
 
 
 def merge(argv: Sequence[str]) -> int:
@@ -149,80 +148,144 @@ def merge(argv: Sequence[str]) -> int:
         )
         return 0
     options, _ = parse(MergeOptions, argv)
-    if options.model is None or options.adapter is None or options.output_dir is None:
-        raise ConfigError(
-            "merge adds --adapter DIR to --model DIR and writes --output_dir DIR; pass all three"
-        )
-    from converters.merge import merge as merge_adapter
+    if options.model is None or options.adapter is None:
+        raise ConfigError("merge adds --adapter DIR to --model DIR; pass both")
+    model, adapter, output = options.model, options.adapter, options.output
 
-    report = merge_adapter(
-        options.model,
-        options.adapter,
-        options.output_dir,
-        dtype=_torch_dtype(options.torch_dtype),
-        max_shard_size=_bytes(options.max_shard_size),
-    )
-    print(report.line())
+    def plan() -> "Conversion":
+        from converters.merge import plan_merge
+
+        return plan_merge(model, adapter, dtype=_dtype(output), max_shard_size=_shard_size(output))
+
+    return _run(plan, output, ["merge", *argv])
+
+
+def _run(plan: Callable[[], "Conversion"], output: OutputOptions, words: Sequence[str]) -> int:
+    """Plan, and write or print the plan. Every process of a torchrun or Slurm job takes its share."""
+    if output.output_dir is None:
+        raise ConfigError("no output directory given; pass --output_dir DIR")
+    world = find_world(LaunchOptions())
+    options = _transfer_options(output, world)
+    conversion = plan()
+    if output.dry_run:
+        if world.rank == 0:
+            _print_plan(conversion, options, output.output_dir)
+        return 0
+    from dataclasses import replace
+
+    from converters.conversion import carry_out
+
+    share = sum(file.nbytes for file in conversion.files)
+    with _progress(share if world.size == 1 else 0) as progress:
+        report = carry_out(
+            conversion,
+            output.output_dir,
+            options=replace(options, progress=progress),
+            command=shlex.join(["braid", *words]),
+        )
+    if world.rank == 0:
+        print(report.line())
     return 0
 
 
-def _check_layout(options: ConvertOptions) -> None:
+def _transfer_options(output: OutputOptions, world: World) -> "TransferOptions":
+    from converters.transfer import Crew, TransferOptions
+
+    workers = min(4, os.cpu_count() or 1) if output.workers is None else output.workers
+    if workers < 1:
+        raise ConfigError(f"workers must be at least 1, not {workers}")
+    memory = _bytes("max_memory", output.max_memory)
+    if memory < _MIN_MEMORY * workers:
+        least = f"{_MIN_MEMORY * workers // 10**6}MB"
+        raise ConfigError(
+            f"max_memory must be at least {least} for {workers} workers, not {output.max_memory}"
+        )
+    names = (
+        "TORCHELASTIC_RUN_ID",
+        "TORCHELASTIC_RESTART_COUNT",
+        "MASTER_PORT",
+        "SLURM_JOB_ID",
+        "SLURM_STEP_ID",
+    )
+    run = "/".join(os.environ.get(name, "") for name in names)
+    crew = Crew(rank=world.rank, size=world.size, run=run) if world.started else Crew()
+    return TransferOptions(workers=workers, max_memory=memory, crew=crew)
+
+
+def _print_plan(conversion: "Conversion", options: "TransferOptions", output_dir: str) -> None:
+    import shutil
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{output_dir} ({conversion.kind})")
+    table.add_column("file")
+    table.add_column("GB", justify="right")
+    for file in conversion.files:
+        table.add_row(file.name, f"{file.nbytes / 1e9:.3f}")
+    Console(width=max(100, Console().width)).print(table)
+    place = next(path for path in Path(output_dir).absolute().parents if path.exists())
+    print(
+        f"{conversion.tensors} tensors, {conversion.nbytes / 1e9:.3f} GB, read from "
+        f"{conversion.source.directory}\n"
+        f"{shutil.disk_usage(place).free / 1e9:.3f} GB free on {place}; {options.workers} workers hold at most"
+        f" {options.max_memory / 1e6:.0f} MB of tensors; nothing was written"
+    )
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None] | None]:
+    """A bar with GB/s and the time left on a terminal; nothing elsewhere, where a script reads the output."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not (total and console.is_interactive):
+        yield None
+        return
+    columns = (BarColumn(bar_width=32), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    lock = threading.Lock()
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def advance(count: int) -> None:
+            with lock:
+                bar.advance(task, count)
+
+        yield advance
+
+
+def _check_layout(model: str, layout: LayoutOptions) -> None:
     """A layout that the model cannot take is refused here, not when the run that needs it starts."""
     from engine.model.spec import load_model_spec
 
-    spec = load_model_spec(options.model or "")
+    spec = load_model_spec(model)
     degrees = ParallelOptions(
-        tensor_model_parallel_size=options.tensor_model_parallel_size,
-        pipeline_model_parallel_size=options.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=options.virtual_pipeline_model_parallel_size,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
     )
-    ranks = max(1, options.tensor_model_parallel_size) * max(1, options.pipeline_model_parallel_size)
-    layout = ParallelLayout.resolve(degrees, num_layers=spec.num_layers, world_size=ranks)
-    spec.check_tensor_parallel(layout.tp)
+    ranks = max(1, layout.tensor_model_parallel_size) * max(1, layout.pipeline_model_parallel_size)
+    resolved = ParallelLayout.resolve(degrees, num_layers=spec.num_layers, world_size=ranks)
+    spec.check_tensor_parallel(resolved.tp)
 
 
-def _torch_dtype(name: str | None) -> Any:
-    if name is None:
+def _dtype(output: OutputOptions) -> Any:
+    if output.torch_dtype is None:
         return None
     import torch
 
-    return getattr(torch, name)
+    return getattr(torch, output.torch_dtype)
 
 
-def _bytes(text: str) -> int:
+def _shard_size(output: OutputOptions) -> int | None:
+    return None if output.max_shard_size is None else _bytes("max_shard_size", output.max_shard_size)
+
+
+def _bytes(name: str, text: str) -> int:
     units = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if match is None or match[2].upper() not in units:
-        raise ConfigError(f"max_shard_size must be a size like 500MB or 5GiB, not {text!r}")
+        raise ConfigError(f"{name} must be a size like 500MB or 5GiB, not {text!r}")
     return int(float(match[1]) * units[match[2].upper()])
-
-
-def verify(argv: Sequence[str]) -> int:
-    """The command `braid verify`: 0 if both hold the same model, 1 if not. Raises UserError."""
-    if "--help" in argv or "-h" in argv:
-        print("usage: braid verify --model DIR --checkpoint DIR\n" + help_text(VerifyOptions))
-        return 0
-    options, _ = parse(VerifyOptions, argv)
-    if options.model is None or options.checkpoint is None:
-        raise ConfigError("verify compares --model DIR with --checkpoint DIR; pass both")
-    from rich.console import Console
-
-    from converters.verify import verify as compare
-
-    report = compare(options.model, options.checkpoint)
-    if report.same:
-        print(report.summary())
-    else:
-        Console(width=max(100, Console().width)).print(report.table())
-    if options.report is not None:
-        _write_report(Path(options.report), report.as_dict())
-    return 0 if report.same else 1
-
-
-def _write_report(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError(f"--report {path} cannot be written: {error.strerror}") from None

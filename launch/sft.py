@@ -192,7 +192,7 @@ def load_weights(chunks: Sequence["BraidGPTModel"], blueprint: Blueprint, groups
 def _companions(blueprint: Blueprint) -> Callable[[Path], Any]:
     """Adds to a checkpoint what its export needs."""
     from converters.adapter import new_adapter_config, open_adapter, write_adapter_companions
-    from converters.companions import write_companions
+    from converters.mcore.companions import write_companions
 
     model_dir, lora = blueprint.model_dir, blueprint.lora
     if lora is None:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from converters.dist_ckpt import stacked_key
-from converters.hf_files import HfReader
+from converters.hf.reader import HfReader
 from converters.mapping import GatedMLP, Replicated, Sharded, Weight, weight_map
+from converters.mcore.reader import stacked_key
 from engine.model.spec import load_model_spec
 
 

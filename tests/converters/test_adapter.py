@@ -26,7 +26,7 @@ from converters.adapter import (
     write_adapter_companions,
 )
 from converters.convert import to_hf, to_mcore
-from converters.dist_ckpt import DistReader
+from converters.mcore.reader import DistReader
 from converters.merge import merge
 from engine.config.options import LoraOptions
 from engine.errors import CheckpointError, ConfigError, ModelError

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from converters.companions import write_companions
 from converters.convert import to_hf, to_mcore
-from converters.dist_ckpt import DistReader, DistWriter, check_checkpoint, stacked_key
-from converters.hf_files import HfReader
+from converters.hf.reader import HfReader
 from converters.mapping import HfTensor, Sharded, Weight, weight_map
+from converters.mcore.companions import write_companions
+from converters.mcore.reader import DistReader, DistWriter, check_checkpoint, stacked_key
 from engine.errors import CheckpointError
 from engine.model.spec import load_model_spec
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from converters import files
 from converters.files import copy_companions, staged_directory
-from converters.hf_files import HfReader, check_weights
-from converters.hf_writer import HfWriter, PlannedTensor
+from converters.hf.layout import HfWriter, PlannedTensor
+from converters.hf.reader import HfReader, check_weights
 from converters.load import local_tensors
 from converters.mapping import weight_map
 from engine.errors import ModelError, OutputError

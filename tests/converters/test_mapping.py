@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from converters.hf_files import HfReader
+from converters.hf.reader import HfReader
 from converters.mapping import Vocabulary, Weight, hf_tensors, weight_map
 from engine.model.spec import ModelSpec, load_model_spec
 

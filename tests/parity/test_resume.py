@@ -10,7 +10,7 @@ import torch
 
 from converters.adapter import ADAPTER_FILE, holds_adapter, to_peft
 from converters.convert import to_hf
-from converters.hf_files import HfReader
+from converters.hf.reader import HfReader
 from launch.tiny import DATA_DIR, build_tiny_qwen3
 from tests.support.training import run_sft
 from tests.support.workers import WorkerPool

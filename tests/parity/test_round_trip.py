@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from converters.convert import to_hf
-from converters.hf_files import HfReader
+from converters.hf.reader import HfReader
 from engine.config.options import ParallelOptions
 from tests.support.models import MODELS, save_tiny_model
 from tests.support.training import save_after_idle_step

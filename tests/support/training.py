@@ -90,7 +90,7 @@ def save_after_idle_step(
     rank: int, world_size: int, *, model_dir: str, parallel: ParallelOptions, output_dir: str
 ) -> None:
     """Load a checkpoint under a layout, take a step with learning rate 0, and save."""
-    from converters.companions import write_companions
+    from converters.mcore.companions import write_companions
     from engine.training.checkpoint import layout_degrees, save_checkpoint
     from engine.training.optimizer import set_learning_rate
     from engine.training.resume import TrainerState

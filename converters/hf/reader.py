@@ -1,8 +1,7 @@
-"""Hugging Face weight files: a strict reader, a check against the mapping table, a streaming writer.
+"""Hugging Face weight files: a strict reader, and a check against the mapping table.
 
 Only safetensors are read, and nothing is trusted: the header is parsed and validated here, before any byte of
-a tensor is looked at. A tensor that is read lies on a private mapping of its own bytes, so memory in use is
-that of the tensors in use.
+a tensor is looked at.
 """
 
 import json
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converters.files import and_more, inside, map_bytes, shown, tensor_from
+from converters.files import and_more, inside, read_into, shown
 from converters.mapping import Weight, hf_tensors
+from converters.source import Source, new_or_given
 from engine.errors import ModelError
 
 SINGLE_FILE = "model.safetensors"
@@ -74,7 +74,7 @@ class TensorInfo:
         return DTYPES[self.stored_dtype]
 
 
-class HfReader:
+class HfReader(Source):
     """The tensors of a Hugging Face checkpoint directory, one file or many shards.
 
     Like transformers, `model.safetensors` wins where an index lies beside it. Raises ModelError naming file
@@ -117,23 +117,28 @@ class HfReader:
                     f"the file; download it again"
                 )
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor, in its stored dtype, on mapped memory. Raises ModelError (unreadable dtype or
-        file).
-        """
-        info = self._info(name)
-        return self._bytes(info, info.dtype, info.start, info.shape)
+    def files(self) -> list[Path]:
+        return list(dict.fromkeys(info.file for info in self.tensors.values()))
 
-    def read_slice(self, name: str, axis: int, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) along `axis`, contiguous. Along axis 0 only their bytes are touched."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises ModelError if it is missing."""
+        return self._info(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype. Raises ModelError if the tensor is missing or of a dtype that Braid does not read."""
+        return self._info(name).dtype
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, in its stored dtype. Raises ModelError (unreadable dtype or file)."""
         info = self._info(name)
-        assert 0 <= start <= stop <= info.shape[axis], (
-            f"[{start}, {stop}) of axis {axis} of {name} {info.shape}"
-        )
-        if axis:
-            return self.read(name).narrow(axis, start, stop - start).contiguous()
-        row = math.prod(info.shape[1:]) * info.dtype.itemsize
-        return self._bytes(info, info.dtype, info.start + start * row, (stop - start, *info.shape[1:]))
+        return self._fill(info, info.start, torch.empty(info.shape, dtype=info.dtype))
+
+    def read_rows(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Rows [start, stop); only their bytes are read."""
+        info = self._info(name)
+        assert 0 <= start <= stop <= info.shape[0], f"rows [{start}, {stop}) of {name} {info.shape}"
+        rows = new_or_given((stop - start, *info.shape[1:]), info.dtype, out)
+        return self._fill(info, info.start + start * self.row_bytes(name), rows)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -141,13 +146,14 @@ class HfReader:
         return self.tensors[name]
 
     @staticmethod
-    def _bytes(info: TensorInfo, dtype: torch.dtype, start: int, shape: tuple[int, ...]) -> Tensor:
+    def _fill(info: TensorInfo, start: int, out: Tensor) -> Tensor:
         try:
-            return tensor_from(map_bytes(info.file, start, math.prod(shape) * dtype.itemsize), dtype, shape)
-        except (OSError, ValueError) as error:
+            read_into(info.file, start, out)
+        except OSError as error:
             raise ModelError(
                 f"{info.file} cannot be read or changed since it was opened ({error})"
             ) from error
+        return out
 
 
 def _present(path: Path) -> bool:
@@ -208,18 +214,27 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
             if size < 8 or length > MAX_JSON_BYTES:
                 raise ModelError(f"{path}: header of {length} bytes; truncated, or not a safetensors file")
-            text = file.read(length)
+            content = start + file.read(length)
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror})") from error
-    if len(text) < length:
+    return parse_header(path, content, size=size)
+
+
+def parse_header(path: Path, content: bytes, *, size: int | None) -> dict[str, TensorInfo]:
+    """The tensors that a header, the first bytes of the file `path`, describes. `size` is the file's in
+    bytes; None where only the header is there. Raises ModelError like `read_header`.
+    """
+    data_start = 8 + int.from_bytes(content[:8], "little")
+    if len(content) != data_start:
         raise ModelError(f"{path} is truncated inside its header; download it again")
-    entries = _parse_json(path, text, "the header")
+    entries = _parse_json(path, content[8:], "the header")
     entries.pop("__metadata__", None)
-    infos = [_tensor_info(path, name, entry, 8 + length) for name, entry in entries.items()]
-    end = 8 + length
+    infos = [_tensor_info(path, name, entry, data_start) for name, entry in entries.items()]
+    end = data_start
     for info in sorted(infos, key=lambda info: (info.start, info.stop)):
         if info.start != end:
             kind = "overlaps the tensor before it" if info.start < end else "leaves a gap before it"
@@ -227,11 +242,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
                 f"{path}: tensor {shown(info.name)} {kind}; the file is corrupt, download it again"
             )
         end = info.stop
-        if end > size:
+        if size is not None and end > size:
             raise ModelError(
                 f"{path} is truncated: tensor {shown(info.name)} ends at {end}, the file at {size} bytes"
             )
-    if end != size:
+    if size is not None and end != size:
         raise ModelError(
             f"{path}: {size - end} bytes behind the last tensor; the file is corrupt, download it again"
         )

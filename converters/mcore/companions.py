@@ -1,8 +1,9 @@
 """What a Megatron checkpoint carries besides weights, so that it can become a Hugging Face checkpoint on its
 own.
 
-`hf_companions/` has the model's configuration, tokenizer and licence byte by byte; `braid.json` what the
-converter knows of the source. The training engine calls `write_companions` for its checkpoints, too.
+`hf_companions/` has the model's configuration, tokenizer and licence byte by byte, `hf_layout/` the headers
+and the index of its weight files, `braid.json` what the converter knows of the source. The training engine
+calls `write_companions` for its checkpoints, too.
 """
 
 import json
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 
 from converters.files import copy_companions, dtype_name, fsync, write_json
-from converters.hf_files import INDEX_FILE, LM_HEAD, SINGLE_FILE, WEIGHT_DTYPES, HfReader
+from converters.hf.layout import keep_layout, source_layout
+from converters.hf.reader import INDEX_FILE, LM_HEAD, SINGLE_FILE, WEIGHT_DTYPES, HfReader
 from engine.errors import CheckpointError, ModelError
 from engine.model.spec import load_model_spec
 
@@ -45,8 +47,8 @@ def describe_source(model_dir: str | Path, *, keep_dtypes: bool = False) -> Sour
     """
     directory = Path(model_dir)
     spec = load_model_spec(directory)
-    has_weights = any((directory / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
-    tensors = HfReader(directory).tensors if has_weights else {}
+    reader = _weights_of(directory)
+    tensors = reader.tensors if reader is not None else {}
     dtypes = {name: info.dtype for name, info in tensors.items() if info.dtype in WEIGHT_DTYPES}
     kinds = set(dtypes.values())
     return SourceInfo(
@@ -60,6 +62,12 @@ def describe_source(model_dir: str | Path, *, keep_dtypes: bool = False) -> Sour
     )
 
 
+def _weights_of(model_dir: str | Path) -> HfReader | None:
+    """Its weights, if it has any."""
+    has_weights = any((Path(model_dir) / name).exists() for name in (SINGLE_FILE, INDEX_FILE))
+    return HfReader(model_dir) if has_weights else None
+
+
 def write_companions(
     model_dir: str | Path,
     checkpoint_dir: str | Path,
@@ -67,7 +75,7 @@ def write_companions(
     source: SourceInfo | None = None,
     adapter_dtype: str | None = None,
 ) -> SourceInfo:
-    """Put `hf_companions/` and `braid.json` into a Megatron checkpoint directory, which exists.
+    """Put `hf_companions/`, `hf_layout/` and `braid.json` into a Megatron checkpoint directory, which exists.
 
     Call it on one rank. Repeating it replaces the files. Raises ModelError for what is wrong with
     `model_dir`.
@@ -77,6 +85,9 @@ def write_companions(
     target.mkdir(exist_ok=True)
     copy_companions(model_dir, target, error=ModelError)
     fsync(target)
+    reader = _weights_of(model_dir)
+    if reader is not None and adapter_dtype is None:
+        keep_layout(source_layout(reader), Path(checkpoint_dir))
     write_json(Path(checkpoint_dir) / INFO_FILE, {"format": _FORMAT, **asdict(info)})
     return info
 

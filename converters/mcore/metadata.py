@@ -63,6 +63,16 @@ class DistTensor:
     chunks: tuple[DistChunk, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistBytes:
+    """An object of the checkpoint that is no tensor: a torch.save archive in a file."""
+
+    key: str
+    file: str
+    start: int
+    length: int
+
+
 class _Record:
     """Stands in for a class of the format: keeps the state that the pickle gives it and does nothing."""
 
@@ -159,11 +169,12 @@ def _text(value: Any) -> str:
     return value
 
 
-def write_metadata(path: Path, tensors: Sequence[DistTensor]) -> None:
-    """Write `.metadata` for plain contiguous tensors. OSError comes from the disk."""
+def write_metadata(path: Path, tensors: Sequence[DistTensor], objects: Sequence[DistBytes] = ()) -> None:
+    """Write `.metadata` for plain contiguous tensors and for objects. OSError comes from the disk."""
     # Imported here: reading needs none of it, and it adds a second to the start of every command.
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
         ChunkStorageMetadata,
         Metadata,
         MetadataIndex,
@@ -186,6 +197,11 @@ def write_metadata(path: Path, tensors: Sequence[DistTensor]) -> None:
         for chunk in tensor.chunks:
             index = MetadataIndex(fqn=tensor.key, offset=chunk.offsets)
             places[index] = _StorageInfo(relative_path=chunk.file, offset=chunk.start, length=chunk.length)
+    for item in objects:
+        entries[item.key] = BytesStorageMetadata()
+        places[MetadataIndex(fqn=item.key)] = _StorageInfo(
+            relative_path=item.file, offset=item.start, length=item.length
+        )
     metadata = Metadata(
         state_dict_metadata=entries, storage_data=places, storage_meta=StorageMeta(), version="1.0.0"
     )

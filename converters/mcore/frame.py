@@ -1,0 +1,119 @@
+"""What makes a directory of `.distcp` files a checkpoint for Megatron-Core, Megatron-LM and Megatron-Bridge.
+
+Beside `.metadata`: `common.pt` and `metadata.json` as Megatron-Core reads them, an empty `_extra_state` for
+every module of Transformer Engine, without which Megatron-LM and Megatron-Bridge refuse to load, and
+`run_config.yaml`, from which Megatron-Bridge learns the model's shape.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from converters.files import fsync, write_json
+from converters.mcore.metadata import METADATA_FILE, DistBytes, DistTensor, write_metadata
+from converters.mcore.reader import COMMON_FILE, CONFIG_FILE
+from engine.model.spec import ModelSpec
+
+RUN_CONFIG_FILE = "run_config.yaml"
+
+_STATES_FILE = "__1_0.distcp"
+_COMMON = {
+    "checkpoint_version": 3.0,
+    "iteration": 0,
+    "num_floating_point_operations_so_far": 0,
+    # Layers are stacked, as they are unless a model asks for the contrary.
+    "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+}
+
+
+def write_frame(checkpoint_dir: Path, tensors: Sequence[DistTensor], spec: ModelSpec | None = None) -> None:
+    """Write everything but the data. `metadata.json` comes last, for it is what Megatron knows a checkpoint
+    by. Without `spec` it is no model (a LoRA adapter), and Braid alone loads it. OSError comes from the disk.
+    """
+    states: list[DistBytes] = []
+    if spec is not None:
+        length = _save([None], checkpoint_dir / _STATES_FILE)
+        states = [
+            DistBytes(key=key, file=_STATES_FILE, start=0, length=length) for key in extra_state_keys(spec)
+        ]
+        write_yaml(checkpoint_dir / RUN_CONFIG_FILE, bridge_run_config(spec))
+    write_metadata(checkpoint_dir / METADATA_FILE, tensors, states)
+    fsync(checkpoint_dir / METADATA_FILE)
+    _save(_COMMON, checkpoint_dir / COMMON_FILE)
+    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    write_json(
+        checkpoint_dir / CONFIG_FILE,
+        {**backends, "common_backend": "torch", "common_backend_version": 1},
+    )
+
+
+def _save(value: Any, path: Path) -> int:
+    with open(path, "wb") as file:
+        torch.save(value, file)
+    fsync(path)
+    return path.stat().st_size
+
+
+def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
+    """Write YAML durably, in the order given."""
+    path.write_text(yaml.safe_dump(dict(value), sort_keys=False), encoding="utf-8")
+    fsync(path)
+
+
+def extra_state_keys(spec: ModelSpec) -> Iterator[str]:
+    """The keys under which a Transformer Engine model asks for the state of its quantisers: one a module and
+    layer, whatever the parallelism. They hold None, which stands for no state.
+
+    `core_attention` is asked for by Megatron-Core up to 0.14 only; what is not asked for does no harm.
+    """
+    modules = ["self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"]
+    if spec.qk_norm:
+        modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
+    modules += ["mlp.linear_fc1", "mlp.linear_fc2"]
+    for module in modules:
+        for layer in range(spec.num_layers):
+            yield f"decoder.layers.{module}._extra_state/shard_{layer}_{spec.num_layers}"
+    yield "decoder.final_layernorm._extra_state/shard_0_1"
+
+
+def bridge_run_config(spec: ModelSpec) -> dict[str, Any]:
+    """The part of Megatron-Bridge's `run_config.yaml` that describes a model: a GPTModelProvider by the names
+    of its fields, those that Qwen does not have in common with its defaults.
+    """
+    silu = {"_target_": "torch.nn.functional.silu", "_call_": False}
+    bfloat16 = {"_target_": "torch.bfloat16", "_call_": False}
+    model = {
+        "_target_": "megatron.bridge.models.gpt_provider.GPTModelProvider",
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "num_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "ffn_hidden_size": spec.ffn_hidden_size,
+        "num_attention_heads": spec.num_attention_heads,
+        "num_query_groups": spec.num_query_groups,
+        "kv_channels": spec.head_dim,
+        "vocab_size": spec.vocab_size,
+        "seq_length": spec.max_position_embeddings,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": spec.norm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": spec.qkv_bias,
+        "qk_layernorm": spec.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "position_embedding_type": "rope",
+        "rotary_base": spec.rope.theta,
+        "share_embeddings_and_output_weights": spec.tied_embeddings,
+        "bf16": True,
+        "params_dtype": bfloat16,
+        "autocast_dtype": bfloat16,
+    }
+    return {
+        "model": model,
+        "checkpoint": {"save_optim": False, "save_rng": False, "fully_parallel_save": False},
+    }

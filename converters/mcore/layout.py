@@ -1,0 +1,111 @@
+"""Laying out a torch_dist checkpoint that Megatron loads under any layout: which box lies where in which
+file.
+
+One box a Megatron tensor, or a row of a stacked one, so nothing depends on how many processes write.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from converters.mapping import Weight
+from converters.mcore.archive import archive_around
+from converters.mcore.metadata import DistChunk, DistTensor
+from converters.mcore.reader import stacked_key
+from converters.transfer import OutputFile, Piece, TensorData
+
+FILE_SIZE = 1_000_000_000
+"""Bytes of tensor data in a file, about: files are what workers share, and what is kept when one is
+interrupted.
+"""
+_ALIGNMENT = 64
+"""torch.save aligns tensor data within its archive by this; archives start at multiples of it for the same
+reason.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistPlan:
+    """A checkpoint before it is written."""
+
+    files: tuple[OutputFile, ...]
+    tensors: tuple[DistTensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Box:
+    """A full Megatron tensor as the box of its key."""
+
+    key: str
+    shape: tuple[int, ...]
+    """Shape of the key."""
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    data: TensorData
+
+
+def plan_checkpoint(
+    weights: Mapping[str, Weight], dtypes: Mapping[str, torch.dtype], *, file_size: int = FILE_SIZE
+) -> DistPlan:
+    """`dtypes` is by key of the checkpoint; `weights` in the order in which they are written."""
+    stacked = [stacked_key(name) for name in weights]
+    layers = 1 + max((place.layer for place in stacked if place.layer is not None), default=0)
+    boxes = [_box(weight, dtypes[stacked_key(weight.name).key], layers) for weight in weights.values()]
+    files: list[OutputFile] = []
+    tensors: dict[str, DistTensor] = {}
+    for number, group in enumerate(_fill(boxes, file_size)):
+        name, parts, position = f"__0_{number}.distcp", list[bytes | TensorData](), 0
+        for box in group:
+            padding = bytes(-position % _ALIGNMENT)
+            before, behind = archive_around(box.data.dtype, box.sizes)
+            length = len(before) + box.data.nbytes + len(behind)
+            start = position + len(padding)
+            chunk = DistChunk(offsets=box.offsets, sizes=box.sizes, file=name, start=start, length=length)
+            known = tensors.get(box.key)
+            assert known is None or known.shape == box.shape, f"{box.key} differs from other layers"
+            tensors[box.key] = DistTensor(
+                key=box.key,
+                shape=box.shape,
+                dtype=box.data.dtype,
+                chunks=(*(known.chunks if known else ()), chunk),
+            )
+            parts += [padding + before, box.data, behind]
+            position = start + length
+        files.append(OutputFile(name=name, parts=tuple(parts)))
+    for tensor in tensors.values():
+        filled = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
+        assert filled == math.prod(tensor.shape), f"{tensor.key}: not all layers are there"
+    return DistPlan(files=tuple(files), tensors=tuple(tensors.values()))
+
+
+def _box(weight: Weight, dtype: torch.dtype, layers: int) -> _Box:
+    place, data = stacked_key(weight.name), _data(weight, dtype)
+    shape = (sum(piece.stop - piece.start for piece in data.pieces), *weight.shape[1:])
+    if place.layer is None:
+        return _Box(key=place.key, shape=shape, offsets=(0,) * len(shape), sizes=shape, data=data)
+    offsets = (place.layer, *(0 for _ in shape))
+    return _Box(key=place.key, shape=(layers, *shape), offsets=offsets, sizes=(1, *shape), data=data)
+
+
+def _fill(boxes: Sequence[_Box], file_size: int) -> list[list[_Box]]:
+    """Consecutive boxes in files of about equal size."""
+    total = sum(box.data.nbytes for box in boxes)
+    share = total / max(1, math.ceil(total / file_size))
+    groups: list[list[_Box]] = [[]]
+    used = 0
+    for box in boxes:
+        if groups[-1] and used >= share * len(groups):
+            groups.append([])
+        groups[-1].append(box)
+        used += box.data.nbytes
+    return groups
+
+
+def _data(weight: Weight, dtype: torch.dtype) -> TensorData:
+    pieces = tuple(
+        Piece(name=rows.hf.name if rows.hf is not None else None, start=rows.start, stop=rows.stop)
+        for rows in weight.rows()
+    )
+    return TensorData(pieces=pieces, dtype=dtype, row_elements=math.prod(weight.shape[1:]))

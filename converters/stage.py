@@ -1,0 +1,139 @@
+"""Output directories that appear whole or not at all, and that a second attempt can go on with.
+
+The staging directory `.<name>.partial-<plan>` is a sibling of the target, so that the target appears in one
+rename. It is named after the plan of the conversion: whoever carries out the same plan, after an interruption
+or in another process of the same job, finds the same directory and the records of what is finished in it.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from converters.files import fsync, shown
+from converters.transfer import RECORDS_DIR, Crew, OutputFile, read_record
+from engine.errors import OutputError
+
+_LOCK_FILE = "lock"
+_PLAN_DIGITS = 16
+_POLL_SECONDS = 0.1
+
+
+@contextmanager
+def staged_directory(final: str | Path, *, plan: str, crew: Crew) -> Iterator[Path]:
+    """A directory to write into. On rank 0 it becomes `final` when the block ends; the others only leave.
+
+    If the block fails, it vanishes, on rank 0; if it is interrupted or killed, it stays for the next attempt
+    at the same plan, and an attempt at another plan for the same target clears it away. Raises OutputError
+    if `final` exists and is not an empty directory, if another process is writing it, or for what the
+    operating system refuses: permissions, a full disk.
+    """
+    target = Path(final).resolve()
+    with _output_errors(target):
+        _check_free(target, final)
+        # A mount point cannot be replaced; the working directory should not be pulled from under the user.
+        nested = target.is_dir() and (os.path.ismount(target) or target == Path.cwd())
+        home = target if nested else target.parent
+        stage = home / f".{target.name}.partial-{plan[:_PLAN_DIGITS]}"
+        (stage / RECORDS_DIR).mkdir(parents=True, exist_ok=True)
+        with _lock(stage, final, shared=crew.size > 1):
+            if crew.rank == 0:
+                _clear_others(home, target, stage)
+            try:
+                yield stage
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:
+                _give_up(stage, crew, error)
+                raise
+            if crew.rank == 0:
+                _publish(stage, target, nested=nested)
+
+
+def _check_free(target: Path, final: str | Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{final} is a file; choose another output directory")
+    if target.is_dir() and any(not _is_stage(child, target) for child in target.iterdir()):
+        raise OutputError(f"{final} is not empty; choose a new output directory or remove it")
+
+
+def _is_stage(path: Path, target: Path) -> bool:
+    return path.name.startswith(f".{target.name}.partial-")
+
+
+@contextmanager
+def _lock(stage: Path, final: str | Path, *, shared: bool) -> Iterator[None]:
+    """Held while a process writes into the stage. A file system without locks goes without."""
+    with open(stage / RECORDS_DIR / _LOCK_FILE, "ab") as file:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                f"{final} is being written by another process; wait for it or stop it"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL):
+                raise
+        yield
+
+
+def _clear_others(home: Path, target: Path, stage: Path) -> None:
+    """Remove what attempts at other plans left, unless somebody is still at it."""
+    for other in home.iterdir():
+        if other == stage or not _is_stage(other, target):
+            continue
+        with suppress(OSError, OutputError), _lock(other, target, shared=False):
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _give_up(stage: Path, crew: Crew, error: BaseException) -> None:
+    if crew.rank == 0:
+        shutil.rmtree(stage, ignore_errors=True)
+        return
+    with suppress(OSError):  # the disk may be full, or rank 0 may have given up first
+        note = stage / RECORDS_DIR / f"failed-{crew.rank}"
+        note.write_text(json.dumps({"run": crew.run, "error": str(error)}), encoding="utf-8")
+
+
+def wait_for(files: Sequence[OutputFile], stage: Path, crew: Crew) -> None:
+    """On rank 0, until the others have finished their files. Raises OutputError when one of them failed."""
+    waiting = list(files)
+    while waiting := [file for file in waiting if read_record(stage, file) is None]:
+        for path in (stage / RECORDS_DIR).glob("failed-*"):
+            with suppress(OSError, ValueError):
+                note = json.loads(path.read_text(encoding="utf-8"))
+                if note["run"] == crew.run:
+                    rank = path.name.removeprefix("failed-")
+                    raise OutputError(f"rank {rank} failed: {note['error']}")
+        time.sleep(_POLL_SECONDS)
+
+
+def _publish(stage: Path, target: Path, *, nested: bool) -> None:
+    shutil.rmtree(stage / RECORDS_DIR)
+    fsync(stage)
+    if nested:
+        for child in stage.iterdir():
+            child.rename(target / child.name)
+        stage.rmdir()
+    else:
+        stage.rename(target)
+    fsync(target.parent)
+
+
+@contextmanager
+def _output_errors(target: Path) -> Iterator[None]:
+    """Turns what the operating system refuses while writing into an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                f"disk full while writing {target}; make room or choose another directory"
+            ) from error
+        place = f" ({shown(error.filename)})" if error.filename else ""
+        raise OutputError(f"{target} cannot be written: {error.strerror or error}{place}") from error

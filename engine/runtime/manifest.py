@@ -1,0 +1,158 @@
+"""What a directory of weights says of itself: where it came from, and the SHA-256 of every file in it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine.errors import CheckpointError
+
+MANIFEST_FILE = "braid-manifest.json"
+
+_FORMAT = 1
+_BLOCK = 8_000_000
+
+Problem = Literal["missing", "size", "sha256", "surplus"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """A file as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceEntry:
+    """What the directory was made from."""
+
+    path: str
+    sha256: str
+    """`model_digest` of what was read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The content of `braid-manifest.json`."""
+
+    kind: str
+    """What the directory is, as "mcore" or "hf"."""
+    created: str
+    """UTC, ISO 8601."""
+    command: str
+    versions: Mapping[str, str]
+    plan: str
+    """Digest of the plan that it was written by; the same source and options give the same."""
+    source: SourceEntry
+    tensors: Mapping[str, str]
+    """SHA-256 of each tensor that was read, by Hugging Face name, as it was stored."""
+    files: Mapping[str, FileEntry]
+    """By path within the directory, with slashes; all files but the manifest itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileProblem:
+    """A file that is not what the manifest says."""
+
+    name: str
+    problem: Problem
+    expected: str = ""
+    found: str = ""
+
+
+def model_digest(tensors: Mapping[str, tuple[str, Sequence[int], str]]) -> str:
+    """SHA-256 of a model, whatever the files and the format it lies in: of one line a tensor, sorted by name,
+    `name dtype d0,d1 sha256`. `tensors` gives (dtype, shape, SHA-256 of the bytes in row-major order).
+    """
+    lines = sorted(
+        f"{name} {dtype} {','.join(map(str, shape))} {digest}\n"
+        for name, (dtype, shape, digest) in tensors.items()
+    )
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and SHA-256 of a file. OSError comes from the disk."""
+    digest, size = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(_BLOCK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return FileEntry(bytes=size, sha256=digest.hexdigest())
+
+
+def hash_files(directory: Path, names: Sequence[str], *, workers: int = 1) -> dict[str, FileEntry]:
+    """`hash_file` of several, by name."""
+    with ThreadPoolExecutor(workers) as pool:
+        return dict(zip(names, pool.map(hash_file, (directory / name for name in names)), strict=True))
+
+
+def files_below(directory: Path) -> list[str]:
+    """Every file of a directory and below but the manifest, as sorted paths with slashes."""
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
+    return sorted(name for name in found if name != MANIFEST_FILE)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write it durably, under its name only when it is whole. OSError comes from the disk."""
+    partial = directory / f".{MANIFEST_FILE}.{os.getpid()}"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump({"format": _FORMAT, **asdict(manifest)}, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(directory / MANIFEST_FILE)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a directory. Raises CheckpointError if there is none, or it is torn or of another
+    format.
+    """
+    path = directory / MANIFEST_FILE
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if value.pop("format") != _FORMAT:
+            raise CheckpointError(f"{path} has not the format {_FORMAT}; use the braid version that wrote it")
+        files = {_inner(name): FileEntry(**entry) for name, entry in value.pop("files").items()}
+        return Manifest(files=files, source=SourceEntry(**value.pop("source")), **value)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory} has no {MANIFEST_FILE}; it was not written by braid, or its writing was interrupted"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); the directory cannot be trusted") from error
+
+
+def _inner(name: str) -> str:
+    """A path that stays inside the directory."""
+    if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
+        raise ValueError(f"{name!r} leaves the directory")
+    return name
+
+
+def check_manifest(directory: Path, manifest: Manifest, *, workers: int = 1) -> list[FileProblem]:
+    """Every file that is missing, surplus, or of another size or SHA-256; an empty list if all is well."""
+    found, problems, to_hash = set(files_below(directory)), [], []
+    for name, entry in manifest.files.items():
+        if name not in found:
+            problems.append(FileProblem(name=name, problem="missing"))
+        elif (size := (directory / name).stat().st_size) != entry.bytes:
+            problems.append(
+                FileProblem(name=name, problem="size", expected=str(entry.bytes), found=str(size))
+            )
+        else:
+            to_hash.append(name)
+    for name, entry in hash_files(directory, to_hash, workers=workers).items():
+        expected = manifest.files[name].sha256
+        if entry.sha256 != expected:
+            problems.append(FileProblem(name=name, problem="sha256", expected=expected, found=entry.sha256))
+    problems += [FileProblem(name=name, problem="surplus") for name in sorted(found - manifest.files.keys())]
+    return problems
