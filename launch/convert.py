@@ -229,8 +229,8 @@ def _print_plan(conversion: "Conversion", options: "TransferOptions", output_dir
     print(
         f"{conversion.tensors} tensors, {conversion.nbytes / 1e9:.3f} GB, read from "
         f"{conversion.source.directory}\n"
-        f"{shutil.disk_usage(place).free / 1e9:.3f} GB free on {place}; {options.workers} workers hold at most"
-        f" {options.max_memory / 1e6:.0f} MB of tensors; nothing was written"
+        f"{shutil.disk_usage(place).free / 1e9:.3f} GB free on {place}; {options.workers} workers hold at "
+        f"most {options.max_memory / 1e6:.0f} MB of tensors; nothing was written"
     )
 
 
