@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench pictures clean
+.PHONY: setup demo test lint bench bench-convert bench-checkpoint faults pictures clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -31,6 +31,18 @@ bench: setup
 	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hub]'
 	$(RUN)/python -m tests.bench.step
 	$(RUN)/python -m tests.bench.data
+
+# Conversion of 3 GB in both directions against cp and fsync; needs 10 GB in TMPDIR.
+bench-convert: setup
+	$(RUN)/python -m tests.bench.convert
+
+# How long a save keeps a step waiting, in the background against at once.
+bench-checkpoint: setup
+	$(RUN)/python -m tests.bench.checkpoint
+
+# 200 faults on runs at TP2 x PP2, each followed by a restart that must end as the unhurt run. Half an hour.
+faults: setup
+	$(RUN)/python -W ignore -m tests.faults --count 200
 
 # docs/terminal.svg and docs/loss.png, taken from a run of about a minute on a CPU.
 pictures: setup

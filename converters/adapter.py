@@ -1,7 +1,8 @@
 """PEFT LoRA adapters <-> adapters in Megatron's layout; one table, both directions from it.
 
 An adapter's A of q, k, v, gate and up is the same on every tensor-parallel rank and B is cut by rows; of o
-and down A is cut by columns and B is the same. In a checkpoint every A and B is a tensor of its own.
+and down A is cut by columns and B is the same. In a checkpoint every A and B is a tensor of its own, and so
+is every tensor of a module that is stored whole (PEFT's modules_to_save), for which the engine has no place.
 """
 
 import json
@@ -13,14 +14,13 @@ import torch
 
 from converters.conversion import Conversion, ConvertReport, carry_out
 from converters.convert import output_files, stored_dtypes
-from converters.files import dtype_name, fsync, inside
 from converters.hf.layout import PlannedTensor, plan_layout
-from converters.hf.reader import HfReader, check_weights
-from converters.mapping import HfTensor, Replicated, Sharded, Weight, hf_tensors
+from converters.hf.reader import EMBEDDING, LM_HEAD, HfReader, check_weights
+from converters.mapping import HfTensor, Replicated, Sharded, Weight, hf_tensors, weight_map
 from converters.mcore.companions import COMPANIONS_DIR, read_source_info, torch_dtype, write_companions
 from converters.mcore.frame import write_frame
 from converters.mcore.layout import plan_checkpoint
-from converters.mcore.reader import DistReader, McoreSource, check_checkpoint, check_files
+from converters.mcore.reader import DistReader, McoreSource, check_checkpoint
 from converters.source import Source, row_blocks
 from converters.transfer import TransferOptions
 from engine.errors import CheckpointError, ConfigError, ModelError
@@ -29,11 +29,15 @@ from engine.model.lora_spec import (
     CONFIG_FILE,
     LoraSpec,
     adapter_name,
+    enclosing_modules,
     hf_module,
     projection_size,
     read_lora_config,
+    saved_name,
 )
 from engine.model.spec import ModelSpec, load_model_spec
+from engine.storage.files import dtype_name, fsync, inside
+from engine.storage.reader import check_files
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -42,7 +46,9 @@ _ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 def adapter_map(spec: ModelSpec, lora: LoraSpec) -> dict[str, Weight]:
-    """Every A and B by its name in checkpoints, in the model's order."""
+    """Every A and B by its name in checkpoints, in the model's order, and then the tensors that are stored
+    whole. Raises ConfigError for a name in modules_to_save that cannot be.
+    """
     weights: dict[str, Weight] = {}
     for layer, linear, projection, shape in lora.targets(spec.num_layers):
         out_features, in_features = projection_size(spec, projection)
@@ -57,7 +63,27 @@ def adapter_map(spec: ModelSpec, lora: LoraSpec) -> dict[str, Weight]:
             weights[name] = (
                 Sharded(name=name, hf=(tensor,), axis=axis) if cut else Replicated(name=name, hf=(tensor,))
             )
+    for base_name, tensor in saved_tensors(spec, lora).items():
+        name = saved_name(base_name)
+        weights[name] = Replicated(name=name, hf=(tensor,))  # no rank asks for it, so none cuts it
     return weights
+
+
+def saved_tensors(spec: ModelSpec, lora: LoraSpec) -> dict[str, HfTensor]:
+    """The adapter's tensors of modules that are stored whole, by the base's name for them.
+
+    With tied embeddings, too, embedding and LM head are two modules and each may be there. Raises ConfigError
+    for a name in modules_to_save that cannot be.
+    """
+    tensors = hf_tensors(weight_map(spec))
+    tensors |= {LM_HEAD: HfTensor(name=LM_HEAD, shape=tensors[EMBEDDING].shape)}
+    modules = dict.fromkeys(module for name in tensors for module in enclosing_modules(name))
+    saved = set(lora.saved_modules(spec, modules))
+    return {
+        name: HfTensor(name=f"{_HF_PREFIX}{name}", shape=tensor.shape)
+        for name, tensor in tensors.items()
+        if saved.intersection(enclosing_modules(name))
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +114,9 @@ def open_adapter(directory: str | Path, spec: ModelSpec) -> PeftAdapter:
     lora = read_lora_config(path)
     try:
         lora.check(spec)
+        weights = adapter_map(spec, lora)
     except ConfigError as error:
         raise ModelError(f"{path / CONFIG_FILE}: {error}") from None
-    weights = adapter_map(spec, lora)
     reader = HfReader(path, single_file=ADAPTER_FILE)
     check_weights(reader, weights, described_by=f"{CONFIG_FILE} and the base model")
     return PeftAdapter(directory=path, lora=lora, weights=weights, reader=reader)
@@ -131,17 +157,17 @@ def check_adapter_checkpoint(
     try:
         stored = read_lora_config(reader.directory / COMPANIONS_DIR)
         stored.check(spec)
+        weights = adapter_map(spec, stored)
     except (ConfigError, ModelError) as error:
         raise CheckpointError(str(error)) from None
     # As configurations, in which `all-linear` and the names that it stands for are the same.
     before, now = stored.to_config(""), (lora or stored).to_config("")
     if lora is not None and before != now:
-        names = [name for name in now if now[name] != before[name]]
+        names = [name for name in before | now if now.get(name) != before.get(name)]
         raise CheckpointError(
             f"{reader.directory} belongs to a LoRA run with another {names[0]} ({getattr(stored, names[0])}, "
             f"now {getattr(lora, names[0])}); resume with that run's settings"
         )
-    weights = adapter_map(spec, stored)
     check_checkpoint(reader, weights, prefixes=(CHECKPOINT_PREFIX,))
     return weights
 
@@ -156,9 +182,9 @@ def to_peft(
 def plan_to_peft(checkpoint_dir: str | Path) -> Conversion:
     """A checkpoint of adapters as a PEFT directory.
 
-    Tensors are written in the dtype of the adapter that the run started from if they all fit into it exactly,
-    as they do after zero steps; otherwise in the checkpoint's, fp32. Raises CheckpointError for what is wrong
-    with the checkpoint.
+    Tensors of a run, which are fp32, are written in the dtype of the adapter that it started from if they all
+    fit into it exactly, as they do after zero steps; others in the checkpoint's. Raises CheckpointError for
+    what is wrong with the checkpoint.
     """
     reader = DistReader(checkpoint_dir)
     companions = reader.directory / COMPANIONS_DIR
@@ -169,7 +195,7 @@ def plan_to_peft(checkpoint_dir: str | Path) -> Conversion:
     if narrow is not None and not all(_all_fit(source, name, narrow) for name in hf_tensors(weights)):
         narrow = None
     tensors = [
-        PlannedTensor(name=name, dtype=narrow or source.dtype(name), shape=tensor.shape)
+        PlannedTensor(name=name, dtype=_narrower(source.dtype(name), narrow), shape=tensor.shape)
         for name, tensor in hf_tensors(weights).items()
     ]
     size = sum(tensor.nbytes for tensor in tensors)
@@ -181,6 +207,11 @@ def plan_to_peft(checkpoint_dir: str | Path) -> Conversion:
 
     files = output_files(layout, source)
     return Conversion(kind="peft", source=source, files=files, tensors=len(tensors), finish=finish)
+
+
+def _narrower(stored: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """`wanted` where it is a part of `stored`: what was narrow in an adapter of several dtypes stays so."""
+    return wanted if wanted is not None and torch.promote_types(stored, wanted) == stored else stored
 
 
 def _all_fit(source: Source, name: str, dtype: torch.dtype) -> bool:

@@ -12,9 +12,8 @@ from typing import Literal
 
 import torch
 
-from converters.files import check_free_space, dtype_name
 from converters.source import Source
-from converters.stage import staged_directory, wait_for
+from converters.stage import clear_leftovers, staged_directory, wait_for
 from converters.transfer import (
     RECORDS_DIR,
     FileRecord,
@@ -24,7 +23,8 @@ from converters.transfer import (
     read_record,
     write_files,
 )
-from engine.runtime.manifest import (
+from engine.storage.files import check_free_space, dtype_name
+from engine.storage.manifest import (
     FileEntry,
     Manifest,
     SourceEntry,
@@ -35,7 +35,8 @@ from engine.runtime.manifest import (
     write_manifest,
 )
 
-Kind = Literal["mcore", "hf", "peft", "mcore-adapter"]
+Kind = Literal["mcore", "hf", "merged", "peft", "mcore-adapter"]
+"""A merged directory is a Hugging Face directory whose source is no model that lies anywhere: a sum."""
 _SMALL_FILES = 32_000_000
 """Room for what lies beside the weights: tokenizer, configuration, metadata."""
 
@@ -106,6 +107,8 @@ def carry_out(
     crew, target = options.crew, Path(output_dir)
     if not (crew.rank and _is_done(target, plan)):
         with staged_directory(target, plan=plan, crew=crew) as stage:
+            if crew.size == 1:  # otherwise others may be writing
+                clear_leftovers(stage, conversion.files)
             if crew.rank == 0:
                 there = sum(file.nbytes for file in conversion.files if read_record(stage, file) is not None)
                 needed = sum(file.nbytes for file in conversion.files) - there + _SMALL_FILES
@@ -113,6 +116,7 @@ def carry_out(
             write_files(conversion.files, stage, conversion.source, options)
             if crew.rank == 0:
                 wait_for(conversion.files, stage, crew)
+                clear_leftovers(stage, conversion.files)
                 records = {file.name: _recorded(stage, file) for file in conversion.files}
                 conversion.finish(stage)
                 write_manifest(stage, _manifest(conversion, stage, records, plan=plan, command=command))
@@ -125,7 +129,7 @@ def carry_out(
 
 
 def _is_done(target: Path, plan: str) -> bool:
-    """Whether rank 0 has finished already, which it can where this rank's files were there from before."""
+    """Whether rank 0 has finished already, on the word that this rank left in an earlier start of the job."""
     try:
         return read_manifest(target).plan == plan
     except Exception:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from converters.companion_files import copy_companions
 from converters.conversion import Conversion, ConvertReport, carry_out
-from converters.files import copy_companions, dtype_name, write_json
+from converters.hf.dequantise import open_dequantised
 from converters.hf.layout import (
     DEFAULT_SHARD_SIZE,
     HfLayout,
@@ -20,7 +21,7 @@ from converters.hf.layout import (
     kept_layout,
     plan_layout,
 )
-from converters.hf.reader import EMBEDDING, INDEX_FILE, LM_HEAD, HfReader, check_weights
+from converters.hf.reader import EMBEDDING, INDEX_FILE, LM_HEAD, HfReader, HfWeights, check_weights
 from converters.mapping import Weight, hf_tensors, weight_map
 from converters.mcore.companions import (
     COMPANIONS_DIR,
@@ -32,11 +33,13 @@ from converters.mcore.companions import (
 )
 from converters.mcore.frame import write_frame
 from converters.mcore.layout import plan_checkpoint
-from converters.mcore.reader import DistReader, McoreSource, check_checkpoint, check_files, stacked_key
+from converters.mcore.reader import DistReader, McoreSource, check_checkpoint, stacked_key
 from converters.source import Source
 from converters.transfer import OutputFile, TransferOptions, whole_tensor
 from engine.errors import CheckpointError
 from engine.model.spec import load_model_spec
+from engine.storage.files import dtype_name, write_json
+from engine.storage.reader import check_files
 
 
 def to_mcore(
@@ -44,25 +47,33 @@ def to_mcore(
     output_dir: str | Path,
     *,
     dtype: torch.dtype | None = None,
+    dequantise: bool = False,
     options: TransferOptions | None = None,
 ) -> ConvertReport:
     """`plan_to_mcore`, carried out."""
-    return carry_out(plan_to_mcore(model_dir, dtype=dtype), output_dir, options=options)
+    plan = plan_to_mcore(model_dir, dtype=dtype, dequantise=dequantise)
+    return carry_out(plan, output_dir, options=options)
 
 
-def plan_to_mcore(model_dir: str | Path, *, dtype: torch.dtype | None = None) -> Conversion:
+def plan_to_mcore(
+    model_dir: str | Path, *, dtype: torch.dtype | None = None, dequantise: bool = False
+) -> Conversion:
     """A Hugging Face directory as a Megatron checkpoint, loadable under every layout.
 
-    Weights keep their dtype unless `dtype` is given. Raises ModelError for what is wrong with the source.
+    Weights keep their dtype unless `dtype` is given; with `dequantise` those in fp8 become bf16, or `dtype`
+    without being bf16 on the way. Raises ModelError for what is wrong with the source, which includes fp8
+    weights without `dequantise` and a source without a quantization_config with it.
     """
-    spec, source = load_model_spec(model_dir), HfReader(model_dir)
+    spec = load_model_spec(model_dir, fp8=dequantise)
+    fp8_to = (dtype or torch.bfloat16) if dequantise else None
+    source: HfWeights = HfReader(model_dir) if fp8_to is None else open_dequantised(model_dir, dtype=fp8_to)
     weights = weight_map(spec)
     check_weights(source, weights)
     plan = plan_checkpoint(weights, stored_dtypes(source, weights, dtype))
-    info = describe_source(model_dir, keep_dtypes=dtype is None)
+    info = describe_source(model_dir, keep_dtypes=dtype is None, dequantised=source if dequantise else None)
 
     def finish(stage: Path) -> None:
-        write_companions(model_dir, stage, source=info)
+        write_companions(model_dir, stage, source=info, dequantised_to=fp8_to)
         write_frame(stage, plan.tensors, spec)
 
     return Conversion(kind="mcore", source=source, files=plan.files, tensors=len(weights), finish=finish)
@@ -116,7 +127,9 @@ def plan_to_hf(
         copy_companions(companions, stage, error=CheckpointError)
         set_config_dtype(stage / "config.json", {tensor.dtype for tensor in plan.values()})
 
-    files = output_files(layout, source, copies={LM_HEAD: EMBEDDING} if info.lm_head_copy else {})
+    # Only where the checkpoint has no LM head of its own, whatever braid.json says.
+    copies = {LM_HEAD: EMBEDDING} if LM_HEAD in plan.keys() - hf_tensors(weights).keys() else {}
+    files = output_files(layout, source, copies=copies)
     return Conversion(kind="hf", source=source, files=files, tensors=len(plan), finish=finish)
 
 

@@ -63,6 +63,7 @@ def load_adapter_weights(chunks: Sequence["BraidGPTModel"], adapter: PeftAdapter
     """Fill every adapter parameter of this rank's chunks from a PEFT directory."""
     from engine.model.lora import named_adapters
 
+    assert not adapter.lora.modules_to_save, "whole modules are not trained beside LoRA"
     for chunk, layers in zip(chunks, groups.layout.chunks_of(groups.pp_rank), strict=True):
         for target in named_adapters(chunk, layers):
             weight = adapter.weights[target.name]

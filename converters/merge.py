@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from converters.adapter import PeftAdapter, open_adapter
+from converters.adapter import PeftAdapter, open_adapter, saved_tensors
+from converters.companion_files import copy_companions
 from converters.conversion import Conversion, ConvertReport, carry_out
 from converters.convert import hf_layout, output_files, set_config_dtype
-from converters.files import copy_companions
 from converters.hf.layout import PlannedTensor, source_layout
-from converters.hf.reader import HfReader, check_weights, model_tensors
+from converters.hf.reader import EMBEDDING, LM_HEAD, HfReader, check_weights, model_tensors
 from converters.mapping import weight_map
-from converters.source import Source, new_or_given
+from converters.source import Source, new_or_given, row_blocks
 from converters.transfer import TransferOptions
 from engine.errors import ModelError
-from engine.model.lora_spec import adapter_name, hf_module
+from engine.model.lora_spec import CONFIG_FILE, adapter_name, hf_module
 from engine.model.spec import ModelSpec, load_model_spec
 
 
@@ -37,25 +37,26 @@ class _Delta:
 
 
 class MergedSource(Source):
-    """A base with an adapter added, rounded once to the dtypes that are asked for."""
+    """A base with an adapter added and the adapter's whole modules in place of its own, rounded once to the
+    dtypes that are asked for.
+    """
 
     def __init__(
         self,
         base: HfReader,
         adapter: PeftAdapter,
         deltas: Mapping[str, _Delta],
+        saved: Mapping[str, str],
         dtypes: Mapping[str, torch.dtype],
     ) -> None:
-        self.directory, self._base, self._adapter, self._deltas, self._dtypes = (
-            base.directory,
-            base,
-            adapter,
-            deltas,
-            dtypes,
-        )
+        """`saved` gives the adapter's name of a tensor that it stores whole by the base's."""
+        self.directory, self._base, self._adapter = base.directory, base, adapter
+        self._deltas, self._saved, self._dtypes = deltas, saved, dtypes
 
     def files(self) -> list[Path]:
-        return [*self._base.files(), *self._adapter.reader.files()]
+        # The adapter's configuration is part of what the tensors are: it has the scales.
+        config = self._adapter.directory / CONFIG_FILE
+        return [*self._base.files(), *self._adapter.reader.files(), config]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._base.shape(name)
@@ -65,6 +66,8 @@ class MergedSource(Source):
 
     def read_rows(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         result = new_or_given((stop - start, *self.shape(name)[1:]), self._dtypes[name], out)
+        if name in self._saved:
+            return result.copy_(self._adapter.reader.read_rows(self._saved[name], start, stop))
         rows = self._base.read_rows(name, start, stop)
         if name in self._deltas:
             rows = self._deltas[name].added_to(rows, start, self._adapter.reader)
@@ -92,10 +95,11 @@ def plan_merge(
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
 ) -> Conversion:
-    """The base with the adapter added to its weights.
+    """The base with the adapter added to its weights, and with the modules that the adapter stores whole.
 
     Weights keep the base's dtype unless `dtype` is given, and the base's files unless `max_shard_size`, in
-    bytes, is. Raises ModelError for what is wrong with base or adapter.
+    bytes, is. Raises ModelError for what is wrong with base or adapter, and for an adapter whose embedding
+    and LM head are no longer one where the base ties them.
     """
     spec, base = load_model_spec(model_dir), HfReader(model_dir)
     check_weights(base, weight_map(spec))
@@ -105,7 +109,10 @@ def plan_merge(
         for name in model_tensors(base)
     }
     dtypes = {name: tensor.dtype for name, tensor in plan.items()}
-    source = MergedSource(base, adapter, _deltas(spec, adapter), dtypes)
+    saved = {name: tensor.name for name, tensor in saved_tensors(spec, adapter.lora).items()}
+    source = MergedSource(base, adapter, _deltas(spec, adapter), saved, dtypes)
+    if spec.tied_embeddings:
+        _check_tied(base, adapter, saved, dtypes[EMBEDDING])
     layout = hf_layout(source_layout(base), plan, max_shard_size)
 
     def finish(stage: Path) -> None:
@@ -113,7 +120,29 @@ def plan_merge(
         set_config_dtype(stage / "config.json", set(dtypes.values()))
 
     files = output_files(layout, source)
-    return Conversion(kind="hf", source=source, files=files, tensors=len(plan), finish=finish)
+    return Conversion(kind="merged", source=source, files=files, tensors=len(plan), finish=finish)
+
+
+def _check_tied(base: HfReader, adapter: PeftAdapter, saved: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Raise ModelError unless the merged embedding is the merged LM head, too, as tied embeddings have to be.
+    PEFT would leave the model untied in memory, which no checkpoint of a tied model can say.
+    """
+    if EMBEDDING not in saved and LM_HEAD not in saved:
+        return
+    for first, last in row_blocks(base, EMBEDDING):
+        # What is not saved is the base's embedding, be it for the LM head.
+        embedding, head = (
+            adapter.reader.read_rows(saved[name], first, last)
+            if name in saved
+            else base.read_rows(EMBEDDING, first, last)
+            for name in (EMBEDDING, LM_HEAD)
+        )
+        if not torch.equal(embedding.to(dtype), head.to(dtype)):
+            raise ModelError(
+                f"{adapter.directory}: modules_to_save makes {EMBEDDING} and {LM_HEAD} different, which "
+                f"{base.directory / 'config.json'} ties (tie_word_embeddings); merge into a base that has an "
+                f"{LM_HEAD} of its own and tie_word_embeddings false"
+            )
 
 
 def _deltas(spec: ModelSpec, adapter: PeftAdapter) -> Mapping[str, _Delta]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from converters.hf.reader import HfReader, check_weights
 from converters.mapping import Weight, weight_map
 from converters.mcore.companions import COMPANIONS_DIR
-from converters.mcore.reader import DistReader, McoreSource, check_checkpoint, check_files, is_dist_checkpoint
+from converters.mcore.reader import DistReader, McoreSource, check_checkpoint
 from converters.source import Source
 from engine.model.spec import ModelSpec, load_model_spec
+from engine.storage.reader import check_files, is_dist_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)

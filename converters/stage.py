@@ -15,13 +15,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from converters.files import fsync, shown
+import psutil
+
 from converters.transfer import RECORDS_DIR, Crew, OutputFile, read_record
 from engine.errors import OutputError
+from engine.storage.files import fsync, shown
 
 _LOCK_FILE = "lock"
 _PLAN_DIGITS = 16
 _POLL_SECONDS = 0.1
+_BEGAN = psutil.Process().create_time()
+_SLACK_SECONDS = 30.0
+"""Between the starts of a job's processes, and between their clocks."""
 
 
 @contextmanager
@@ -40,10 +45,12 @@ def staged_directory(final: str | Path, *, plan: str, crew: Crew) -> Iterator[Pa
         nested = target.is_dir() and (os.path.ismount(target) or target == Path.cwd())
         home = target if nested else target.parent
         stage = home / f".{target.name}.partial-{plan[:_PLAN_DIGITS]}"
-        (stage / RECORDS_DIR).mkdir(parents=True, exist_ok=True)
+        _make(stage)
         with _lock(stage, final, shared=crew.size > 1):
             if crew.rank == 0:
                 _clear_others(home, target, stage)
+            else:
+                _note(stage, crew.rank).unlink(missing_ok=True)  # of an earlier start
             try:
                 yield stage
             except (KeyboardInterrupt, SystemExit):
@@ -53,6 +60,8 @@ def staged_directory(final: str | Path, *, plan: str, crew: Crew) -> Iterator[Pa
                 raise
             if crew.rank == 0:
                 _publish(stage, target, nested=nested)
+            else:
+                _leave_note(stage, crew, error=None)
 
 
 def _check_free(target: Path, final: str | Path) -> None:
@@ -60,6 +69,18 @@ def _check_free(target: Path, final: str | Path) -> None:
         raise OutputError(f"{final} is a file; choose another output directory")
     if target.is_dir() and any(not _is_stage(child, target) for child in target.iterdir()):
         raise OutputError(f"{final} is not empty; choose a new output directory or remove it")
+
+
+def _make(stage: Path) -> None:
+    """The staging directory with its lock file, if it is not there; or nothing, if the disk is too full."""
+    try:
+        (stage / RECORDS_DIR).mkdir(parents=True, exist_ok=True)
+        (stage / RECORDS_DIR / _LOCK_FILE).touch()
+    except OSError:
+        for directory in (stage / RECORDS_DIR, stage):
+            with suppress(OSError):  # it is not empty, and then somebody else's
+                directory.rmdir()
+        raise
 
 
 def _is_stage(path: Path, target: Path) -> bool:
@@ -96,21 +117,61 @@ def _give_up(stage: Path, crew: Crew, error: BaseException) -> None:
         shutil.rmtree(stage, ignore_errors=True)
         return
     with suppress(OSError):  # the disk may be full, or rank 0 may have given up first
-        note = stage / RECORDS_DIR / f"failed-{crew.rank}"
-        note.write_text(json.dumps({"run": crew.run, "error": str(error)}), encoding="utf-8")
+        _leave_note(stage, crew, error=str(error))
+
+
+def _note(stage: Path, rank: int) -> Path:
+    """What a rank leaves for rank 0 when it has done its part or failed."""
+    return stage / RECORDS_DIR / f"rank-{rank}"
+
+
+def _leave_note(stage: Path, crew: Crew, *, error: str | None) -> None:
+    note = {"run": crew.run, "time": time.time(), "error": error}
+    _note(stage, crew.rank).write_text(json.dumps(note), encoding="utf-8")
 
 
 def wait_for(files: Sequence[OutputFile], stage: Path, crew: Crew) -> None:
-    """On rank 0, until the others have finished their files. Raises OutputError when one of them failed."""
-    waiting = list(files)
-    while waiting := [file for file in waiting if read_record(stage, file) is None]:
-        for path in (stage / RECORDS_DIR).glob("failed-*"):
-            with suppress(OSError, ValueError):
-                note = json.loads(path.read_text(encoding="utf-8"))
-                if note["run"] == crew.run:
-                    rank = path.name.removeprefix("failed-")
-                    raise OutputError(f"rank {rank} failed: {note['error']}")
+    """On rank 0, until the others have left and their files are there. Raises OutputError when one of them
+    failed.
+
+    A rank without files is waited for as well: it may not have come yet, and the directory is about to go.
+    """
+    missing, others = list(files), list(range(1, crew.size))
+    while True:
+        others = [rank for rank in others if not _has_left(stage, rank, crew)]
+        missing = [file for file in missing if read_record(stage, file) is None]
+        if not others and not missing:
+            return
         time.sleep(_POLL_SECONDS)
+
+
+def _has_left(stage: Path, rank: int, crew: Crew) -> bool:
+    """Whether a rank has done its part. Raises OutputError if it failed."""
+    try:
+        note = json.loads(_note(stage, rank).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or not yet whole
+        return False
+    if note["run"] != crew.run:
+        return False
+    if note["error"] is None:
+        return True
+    if note["time"] < _BEGAN - _SLACK_SECONDS:  # a job that is started again can have the name of before
+        return False
+    raise OutputError(f"rank {rank} failed: {note['error']}")
+
+
+def clear_leftovers(stage: Path, files: Sequence[OutputFile]) -> None:
+    """Remove everything but `files` and the records: what an attempt that was killed left half written does
+    not belong into the output.
+    """
+    kept = {RECORDS_DIR, *(file.name for file in files)}
+    for path in stage.iterdir():
+        if path.name in kept:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _publish(stage: Path, target: Path, *, nested: bool) -> None:

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from converters.files import bytes_of, fsync
 from converters.source import Source
+from engine.storage.files import bytes_of, fsync
 
 RECORDS_DIR = ".records"
 DEFAULT_MEMORY = 256_000_000

@@ -32,3 +32,18 @@ class CheckpointError(UserError):
 
 class OutputError(UserError):
     """The output directory is in use or cannot be written."""
+
+
+class TrainingError(UserError):
+    """A run cannot go on: values that are not numbers, or a step that no longer ends."""
+
+    exit_code = 1
+
+
+class StoppedError(UserError):
+    """A run was asked to stop, and did: its state is saved and it can be resumed.
+
+    The exit code is EX_TEMPFAIL of sysexits.h, which a scheduler can requeue on.
+    """
+
+    exit_code = 75

@@ -1,7 +1,7 @@
 """A run on paper: all options checked against each other, the model and the files, before any rank starts."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from engine.errors import CheckpointError, ConfigError, OutputError
 from engine.model.lora_spec import LoraSpec, lora_from_options, read_lora_config
 from engine.model.spec import ModelSpec, load_model_spec
 from launch.disk import check_room
-from launch.processes import World, command_began
+from launch.processes import World, command_began, restart_count
 
 REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "none")
 _LEARNING_RATES = {"full": 1e-5, "lora": 1e-4}
@@ -52,9 +52,9 @@ class Blueprint:
         )
 
 
-def draw(config: SftConfig, world: World) -> Blueprint:
-    """Check all settings against each other and the model. Raises UserError; imports neither torch nor
-    Megatron.
+def draw(config: SftConfig, world: World, *, damaged: Collection[Path] = ()) -> Blueprint:
+    """Check all settings against each other and the model; `damaged` are checkpoints not to resume from.
+    Raises UserError; imports neither torch nor Megatron.
     """
     from engine.data.prepare import check_options
     from engine.training.resume import TrainerState, resolve_resume
@@ -75,7 +75,9 @@ def draw(config: SftConfig, world: World) -> Blueprint:
     spec.check_context_parallel(layout.tp, layout.cp, layout.cp_comm_type)
     layout.check_cp_comm_type(has_te=options.transformer_impl != "torch" and options.device != "cpu")
     output_dir = Path(run.output_dir)
-    resume = resolve_resume(run.resume_from_checkpoint, output_dir)
+    resume = resolve_resume(
+        run.resume_from_checkpoint, output_dir, damaged=damaged, restarted=restart_count() > 0
+    )
     shape = resolve_batch_shape(
         config.batch,
         data_parallel_size=layout.dp,
@@ -128,6 +130,12 @@ def _lora_of(adapter: str, asked: LoraSpec, changed: Sequence[str]) -> LoraSpec:
     if not Path(adapter).is_dir():
         raise ConfigError(f"adapter {adapter} is not a directory; pass one that PEFT saved")
     found = read_lora_config(Path(adapter))
+    if found.modules_to_save:
+        raise ConfigError(
+            f"adapter {adapter} has modules_to_save {', '.join(found.modules_to_save)}: training whole "
+            f"modules beside LoRA is not available in this version; start from an adapter without, or from "
+            f"what braid merge makes of it"
+        )
     for name in changed:
         field = {"lora_rank": "r"}.get(name, name)
         if field in vars(found) and getattr(found, field) != getattr(asked, field):
@@ -139,8 +147,6 @@ def _lora_of(adapter: str, asked: LoraSpec, changed: Sequence[str]) -> LoraSpec:
 
 
 def _refuse_unbuilt(config: SftConfig) -> None:
-    if config.run.async_save:
-        raise ConfigError("async_save is not available in this version; leave it out")
     for name in config.run.report_to:
         if name not in REPORTERS:
             raise ConfigError(f"report_to {name!r} is not known; choose from {', '.join(REPORTERS)}")
@@ -201,7 +207,8 @@ def _check_checkpoint(checkpoint: Path, spec: ModelSpec, lora: LoraSpec | None) 
     """Raise CheckpointError if it is of another model or adapter, or a file is missing or cut off."""
     from converters.adapter import check_adapter_checkpoint, holds_adapter
     from converters.mapping import weight_map
-    from converters.mcore.reader import DistReader, check_checkpoint, check_files
+    from converters.mcore.reader import DistReader, check_checkpoint
+    from engine.storage.reader import check_files
 
     reader = DistReader(checkpoint)
     if lora is not None:

@@ -15,6 +15,7 @@ commands:
   convert   Hugging Face checkpoint <-> Megatron checkpoint
   merge     a base and a LoRA adapter -> one Hugging Face checkpoint; the base is not changed
   verify    prove that two checkpoints hold the same model (exit code 0: the same, 1: not)
+  inspect   say what a checkpoint is, and whether all of it is there (exit code 0: it is, 1: not)
 
 braid COMMAND --help lists a command's flags. NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT
 start several processes; under torchrun or Slurm the same command is the worker."""
@@ -58,7 +59,11 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from launch.verify import verify
 
         return verify
-    raise ConfigError(f"unknown command {name!r}; commands are sft, convert, merge, verify")
+    if name == "inspect":
+        from launch.inspect import inspect
+
+        return inspect
+    raise ConfigError(f"unknown command {name!r}; commands are sft, convert, merge, verify, inspect")
 
 
 def run() -> None:

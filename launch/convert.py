@@ -74,6 +74,9 @@ class ConvertOptions:
     adapter: str | None = None
     """PEFT LoRA adapter of --model: converts the adapter instead of the model (with --to mcore)."""
 
+    dequantise: bool = False
+    """Convert an fp8 --model, as Qwen publishes them, to bf16 or --torch_dtype (with --to mcore)."""
+
     checkpoint: str | None = None
     """Megatron checkpoint to read (with --to hf): a converted one, or checkpoint-<step> of a run. One of LoRA
     adapters becomes a PEFT directory.
@@ -110,11 +113,15 @@ def convert(argv: Sequence[str]) -> int:
     if getattr(options, other) is not None:
         raise ConfigError(f"--{other} does not go with --to {options.to}, which reads --{source}")
     if options.to == "mcore":
-        _check_layout(options.model or "", options.layout)
+        if options.dequantise and options.adapter is not None:
+            raise ConfigError("--dequantise does not go with --adapter; it is for the weights of a model")
+        _check_layout(options)
         if "max_shard_size" in given:
             raise ConfigError("max_shard_size does not go with --to mcore; it is for safetensors files")
     elif options.adapter is not None:
         raise ConfigError("--adapter does not go with --to hf; a checkpoint knows what it holds")
+    elif options.dequantise:
+        raise ConfigError("--dequantise does not go with --to hf; a Megatron checkpoint is never fp8")
     return _run(lambda: _plan(options, given), options.output, ["convert", *argv])
 
 
@@ -135,7 +142,7 @@ def _plan(options: ConvertOptions, given: set[str]) -> "Conversion":
             else plan_adapter_to_mcore(model, options.adapter or "")
         )
     if options.to == "mcore":
-        return plan_to_mcore(model, dtype=dtype)
+        return plan_to_mcore(model, dtype=dtype, dequantise=options.dequantise)
     return plan_to_hf(checkpoint, dtype=dtype, max_shard_size=_shard_size(options.output))
 
 
@@ -256,11 +263,11 @@ def _progress(total: int) -> Iterator[Callable[[int], None] | None]:
         yield advance
 
 
-def _check_layout(model: str, layout: LayoutOptions) -> None:
+def _check_layout(options: ConvertOptions) -> None:
     """A layout that the model cannot take is refused here, not when the run that needs it starts."""
     from engine.model.spec import load_model_spec
 
-    spec = load_model_spec(model)
+    spec, layout = load_model_spec(options.model or "", fp8=options.dequantise), options.layout
     degrees = ParallelOptions(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,

@@ -13,7 +13,7 @@ _OPTIMIZER_BYTES = 12
 
 def check_room(output_dir: Path, *, num_parameters: int, weight_bytes: int) -> None:
     """Raise OutputError unless one checkpoint and one export fit: the least that every run writes."""
-    from converters.files import check_free_space
+    from engine.storage.files import check_free_space
 
     place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     needed = num_parameters * (2 * weight_bytes + _OPTIMIZER_BYTES)

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 
 from engine.config.options import LaunchOptions
-from engine.errors import ConfigError, UserError
+from engine.errors import ConfigError, StoppedError, UserError
 
 # Environment variables that mean the same as the flags; flags win.
 ENVIRONMENT: Mapping[str, str] = {
@@ -28,6 +28,8 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 _STARTED = "BRAID_STARTED"
 _ERROR_DIR = "BRAID_ERROR_DIR"
+_STOPPING = "stopping"
+"""File in the folder of errors: the launcher was asked to stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +113,33 @@ def open_world(world: World) -> None:
         raise ConfigError("MASTER_ADDR is not set; under Slurm export the first node's name, and MASTER_PORT")
 
 
+def restart_count() -> int:
+    """How often the elastic agent, ours or somebody else's torchrun, has started the ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a rank to save and end.
+
+    Our own launcher passes a request on as SIGUSR1; its agent ends ranks by SIGTERM when one of them has
+    failed, and then there is nothing to wait for.
+    """
+    return (signal.SIGUSR1,) if _ERROR_DIR in os.environ else (signal.SIGTERM, signal.SIGUSR1)
+
+
 def run_worker(world: World, work: Callable[[], None], place: Callable[[], str]) -> int:
     """Run a rank's work; a failure is reported once, by the launcher or by this rank. Returns the exit
     code.
     """
+    if (code := _after_restart(world)) is not None:
+        return code
     try:
         work()
         return 0
+    except StoppedError as error:
+        _report(world, str(error), error.exit_code, "")
+        # The launcher's agent takes any other code for a failure, and would start the ranks again.
+        return 0 if _ERROR_DIR in os.environ else error.exit_code
     except UserError as error:
         _report(world, str(error), error.exit_code, place())
         return error.exit_code
@@ -128,6 +150,29 @@ def run_worker(world: World, work: Callable[[], None], place: Callable[[], str])
         return 1
 
 
+def give_up(world: World, place: str, message: str) -> None:
+    """End this process, whatever its other threads are doing."""
+    _report(world, message, 1, place)
+    os._exit(1)
+
+
+def _after_restart(world: World) -> int | None:
+    """In a rank that was started again: say why, once, or refuse where starting again cannot help."""
+    folder, count = os.environ.get(_ERROR_DIR), restart_count()
+    if folder is None or count == 0:
+        return None
+    if Path(folder, _STOPPING).exists():
+        return 1
+    first = _first_record(Path(folder), count - 1)
+    if first is not None and first["code"] == ConfigError.exit_code:
+        _report(world, first["message"], first["code"], "")
+        return int(first["code"])
+    if world.rank == 0:
+        reason = "a rank ended and left no message" if first is None else first["message"] + first["where"]
+        print(f"braid sft: restart {count} after: {reason}", file=sys.stderr, flush=True)
+    return None
+
+
 def _report(world: World, message: str, code: int, place: str) -> None:
     where = f" (rank {world.rank}, {place})" if world.size > 1 and place else ""
     folder = os.environ.get(_ERROR_DIR)
@@ -135,7 +180,7 @@ def _report(world: World, message: str, code: int, place: str) -> None:
         record = {"message": message, "code": code, "where": where, "time": time.time()}
         partial = Path(folder, f"{world.rank}.partial")
         partial.write_text(json.dumps(record), encoding="utf-8")
-        partial.rename(Path(folder, f"{world.rank}.json"))
+        partial.rename(Path(folder, f"{restart_count()}-{world.rank}.json"))
     elif place or world.rank == 0:
         # Started by somebody else's torchrun: what goes wrong before the grid exists goes wrong on every rank
         # alike.
@@ -143,7 +188,11 @@ def _report(world: World, message: str, code: int, place: str) -> None:
 
 
 def _format(message: str, code: int, where: str) -> str:
-    return f"braid sft: error{where}: {message}" if code == 2 else f"braid sft: failed{where}:\n{message}"
+    if code == StoppedError.exit_code:
+        return f"braid sft: {message}"
+    if code == ConfigError.exit_code:
+        return f"braid sft: error{where}: {message}"
+    return f"braid sft: failed{where}:{chr(10) if chr(10) in message else ' '}{message}"
 
 
 def command_began() -> float:
@@ -179,29 +228,42 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str], *
             rdzv_backend="c10d" if single else "static",
             rdzv_endpoint="localhost:0" if single else f"{options.master_addr}:{options.master_port}",
             rdzv_configs={"rank": options.node_rank or 0, "timeout": 900},
-            max_restarts=0,
-            signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
+            max_restarts=options.max_restarts,
+            signals_to_handle="SIGHUP,SIGQUIT",
             # Rank 0 speaks; what other ranks print is kept only as long as the run.
             logs_specs=DefaultLogsSpecs(
                 log_dir=folder, redirects=dict.fromkeys(range(1, world.local_size), Std.ALL)
             ),
         )
-        interrupted: list[int] = []
         others = {child.pid for child in psutil.Process().children(recursive=True)}
-        try:
-            with _interrupt_as_termination(interrupted):
+        with _passing_on(Path(folder), others) as received:
+            try:
                 elastic_launch(config, sys.executable)("-m", "launch.cli", *argv)
-            return 0
-        except ChildFailedError as error:
-            _, failure = error.get_first_failure()
-            return _first_error(Path(folder), failure.exitcode)
-        except SignalException as error:
-            # The agent has ended the ranks that it knew of; a signal amid their start leaves it without the
-            # last.
-            _end_processes(others)
-            number = signal.SIGINT if interrupted else error.sigval
-            print(f"braid sft: stopped by {number.name}", file=sys.stderr, flush=True)
-            return 128 + int(number)
+                return _stopped(Path(folder))
+            except ChildFailedError as error:
+                if received:  # before the ranks knew how to save
+                    return _ended_by(received[0])
+                _, failure = error.get_first_failure()
+                return _first_error(Path(folder), failure.exitcode)
+            except SignalException as error:
+                # The agent has ended the ranks that it knew of; a signal amid their start leaves it without
+                # the last.
+                _end_processes(others)
+                return _ended_by(received[0] if received else signal.Signals(error.sigval))
+
+
+def _ended_by(number: signal.Signals) -> int:
+    print(f"braid sft: stopped by {number.name}", file=sys.stderr, flush=True)
+    return 128 + int(number)
+
+
+def _stopped(folder: Path) -> int:
+    """The exit code of a run whose ranks all ended well: of one that was asked to stop, if it was."""
+    record = _first_record(folder, None)
+    if record is None or record["code"] != StoppedError.exit_code:
+        return 0
+    print(_format(record["message"], record["code"], ""), file=sys.stderr, flush=True)
+    return int(record["code"])
 
 
 def _end_processes(others: set[int]) -> None:
@@ -216,22 +278,32 @@ def _end_processes(others: set[int]) -> None:
 
 
 @contextmanager
-def _interrupt_as_termination(seen: list[int]) -> Iterator[None]:
-    """Let Ctrl-C end the ranks by SIGTERM; `seen` receives the SIGINT.
+def _passing_on(folder: Path, others: set[int]) -> Iterator[list[signal.Signals]]:
+    """Hand SIGTERM and SIGUSR1 on to the ranks as the request to save and end; yields what was received.
 
-    The agent would hand the SIGINT on, and a Python process can swallow its KeyboardInterrupt, or print where
-    it struck.
+    SIGINT, or any second signal, ends them at once, by way of the agent's SIGHUP: it would hand a SIGINT on,
+    and a Python process can swallow its KeyboardInterrupt, or print where it struck.
     """
+    received: list[signal.Signals] = []
 
     def handler(number: int, frame: Any) -> None:
-        seen.append(number)
-        os.kill(os.getpid(), signal.SIGTERM)
+        received.append(signal.Signals(number))
+        (folder / _STOPPING).touch()
+        if number == signal.SIGINT or len(received) > 1:
+            os.kill(os.getpid(), signal.SIGHUP)
+            return
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if child.pid not in others and "launch.cli" in child.cmdline():
+                    child.send_signal(signal.SIGUSR1)
 
-    previous = signal.signal(signal.SIGINT, handler)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 @contextmanager
@@ -246,11 +318,20 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 def _first_error(folder: Path, exit_code: int) -> int:
     """Print the message of the rank that failed first. A killed rank leaves none: say how it died."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")]
-    if not records:
+    first = _first_record(folder, None)
+    if first is None:
         how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
         print(f"braid sft: failed: a rank ended with {how} and left no message", file=sys.stderr, flush=True)
         return 1
-    first = min(records, key=lambda record: record["time"])
     print(_format(first["message"], first["code"], first["where"]), file=sys.stderr, flush=True)
     return int(first["code"])
+
+
+def _first_record(folder: Path, attempt: int | None) -> dict[str, Any] | None:
+    """What the rank that failed first left, in an attempt or in the last that left anything."""
+    attempts: dict[int, list[dict[str, Any]]] = {}
+    for path in folder.glob("*-*.json"):
+        number = int(path.name.partition("-")[0])
+        attempts.setdefault(number, []).append(json.loads(path.read_text(encoding="utf-8")))
+    records = attempts.get(max(attempts, default=0) if attempt is None else attempt, [])
+    return min(records, key=lambda record: float(record["time"]), default=None)

@@ -1,5 +1,9 @@
 """`braid sft`: check what can be checked, start the ranks, and on each of them put the run together."""
 
+import os
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -8,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config.options import SftConfig
 from engine.config.parse import flatten, help_text, parse
+from engine.errors import CheckpointError, ConfigError, OutputError
 from launch.batching import describe, evaluation_loader, training_loader
 from launch.blueprint import Blueprint, check_files, draw
 from launch.disk import full_disk_named
 from launch.processes import (
     World,
     find_world,
+    give_up,
     launch_environment,
     open_world,
+    restart_count,
     run_worker,
     start_processes,
+    stop_signals,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +46,8 @@ def sft(argv: Sequence[str]) -> int:
     began = time.monotonic()
     config, _ = parse(SftConfig, argv, launch_environment())
     world = find_world(config.launch)
+    if config.launch.max_restarts < 0:
+        raise ConfigError(f"max_restarts must not be negative, not {config.launch.max_restarts}")
     # args.yaml records the processes that really run, whoever started them.
     config.launch.nproc_per_node, config.launch.nnodes = world.local_size, world.size // world.local_size
     if config.run.dry_run:
@@ -97,9 +107,11 @@ def _worker(config: SftConfig, world: World, place: list[str]) -> None:
     groups = mcore.initialize(
         blueprint.layout, platform, seed=config.run.seed, deterministic=config.run.deterministic
     )
+    blueprint = settle_resume(blueprint, world)
     data = share_data(data, blueprint)
     with full_disk_named(blueprint.output_dir):
-        last = train(blueprint, platform, groups, data)
+        hung = partial(give_up, world, place[0])
+        last = train(blueprint, platform, groups, data, hung)
         if world.rank == 0:
             _export(last, blueprint, data)
     dist.barrier()
@@ -134,8 +146,14 @@ def share_data(data: "PreparedData | None", blueprint: Blueprint) -> "PreparedDa
     return data
 
 
-def train(blueprint: Blueprint, platform: Any, groups: "Groups", data: "PreparedData") -> Path:
-    """Put the run together and train; returns the last checkpoint."""
+def train(
+    blueprint: Blueprint,
+    platform: Any,
+    groups: "Groups",
+    data: "PreparedData",
+    hung: Callable[[str], None],
+) -> Path:
+    """Put the run together and train; returns the last checkpoint. `hung` ends a process that is stuck."""
     from engine.data.stream import StreamLoader
     from engine.model.provider import build_chunks
     from engine.training.loop import Trainer
@@ -165,6 +183,9 @@ def train(blueprint: Blueprint, platform: Any, groups: "Groups", data: "Prepared
         output_dir=blueprint.output_dir,
         add_companions=_companions(blueprint),
         started=blueprint.started,
+        give_up=hung,
+        stop_signals=stop_signals(),
+        export=partial(export_beside, blueprint.output_dir, blueprint.lora is not None),
     )
     last = trainer.fit(blueprint.resume)
     if groups.rank == 0 and isinstance(train_data, StreamLoader):
@@ -206,6 +227,59 @@ def _companions(blueprint: Blueprint) -> Callable[[Path], Any]:
     return lambda directory: write_adapter_companions(model_dir, directory, config=config, dtype=dtype)
 
 
+def settle_resume(blueprint: Blueprint, world: World) -> Blueprint:
+    """The blueprint with a checkpoint whose every byte is what was written, if it resumes.
+
+    Ranks share the reading. `auto` passes over a damaged checkpoint, and says so; one that was asked for by
+    its path is refused.
+    """
+    import torch.distributed as dist
+
+    from engine.storage.manifest import check_share
+    from engine.training.resume import TrainerState, passed_over
+
+    if world.rank == 0:
+        for line in passed_over(blueprint.output_dir, blueprint.resume):
+            print(f"{line}; passing it over", flush=True)
+    damaged: list[Path] = []
+    while blueprint.resume is not None:
+        found: list[str | None] = [None] * world.size
+        problem = check_share(blueprint.resume, world.rank, world.size)
+        dist.all_gather_object(found, problem)
+        wrong = next((line for line in found if line is not None), None)
+        if wrong is None:
+            TrainerState.read(blueprint.resume)
+            return blueprint
+        if blueprint.config.run.resume_from_checkpoint != "auto" and restart_count() == 0:
+            raise CheckpointError(f"{wrong}; resume from another checkpoint or pass `auto`")
+        if world.rank == 0:
+            print(f"{wrong}; passing {blueprint.resume.name} over", flush=True)
+        damaged.append(blueprint.resume)
+        blueprint = draw(blueprint.config, world, damaged=damaged)
+    return blueprint
+
+
+def export_beside(output_dir: Path, lora: bool, checkpoint: Path) -> None:
+    """Export a checkpoint as `hf-<step>` or `adapter-<step>`, in a process of its own so that training does
+    not wait for the interpreter.
+    """
+    step = checkpoint.name.removeprefix("checkpoint-")
+    target = output_dir / f"{'adapter' if lora else 'hf'}-{step}"
+    shutil.rmtree(target, ignore_errors=True)
+    words = ["convert", "--to", "hf", "--checkpoint", str(checkpoint), "--output_dir", str(target)]
+    environment = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE", "SLURM_PROCID")}
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *words, "--workers", "1"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise OutputError(f"export of {checkpoint.name} failed: {done.stderr.strip().splitlines()[-1]}")
+    print(f"exported {target}", flush=True)
+
+
 def _announce(blueprint: Blueprint, data: "PreparedData", train_data: "Loader | StreamLoader") -> None:
     from launch.record import write_args
 
@@ -227,8 +301,6 @@ def _announce(blueprint: Blueprint, data: "PreparedData", train_data: "Loader | 
 
 def _export(checkpoint: Path, blueprint: Blueprint, data: "PreparedData") -> None:
     """Write `hf/` or `adapter/`, and the card and curve that describe it."""
-    import shutil
-
     from converters.adapter import to_peft
     from converters.convert import to_hf
     from launch.card import write_card

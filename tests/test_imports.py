@@ -20,10 +20,18 @@ ARROWS: dict[str, set[str]] = {
     "engine.errors": set(),
     "engine.config": {"engine.errors", "engine.config"},
     "engine.runtime": {"engine.errors", "engine.config", "engine.runtime"},
+    "engine.storage": {"engine.errors", "engine.storage"},
     "engine.model": {"engine.errors", "engine.config", "engine.runtime", "engine.model"},
     "engine.data": {"engine.errors", "engine.config", "engine.data"},
     "engine.training": {"engine"},
-    "converters": {"engine.errors", "engine.config", "engine.runtime", "engine.model", "converters"},
+    "converters": {
+        "engine.errors",
+        "engine.config",
+        "engine.runtime",
+        "engine.storage",
+        "engine.model",
+        "converters",
+    },
     "launch": {"engine", "converters", "launch"},
 }
 # The same for other people's packages; a room that is not named here may import any.
@@ -31,6 +39,7 @@ LIBRARIES: dict[str, set[str]] = {
     "engine.errors": set(),
     "engine.config": {"yaml"},
     "engine.runtime": {"torch", "megatron", "numpy"},
+    "engine.storage": {"torch"},
 }
 
 
@@ -158,7 +167,7 @@ def test_data_and_mapping_import_without_megatron() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["--help", "sft --help", "convert --help", "merge --help", "verify --help"]
+    "command", ["--help", "sft --help", "convert --help", "merge --help", "verify --help", "inspect --help"]
 )
 def test_help_answers_without_heavy_imports(command: str) -> None:
     loaded = loaded_after(f"from launch.cli import main\nassert main({command.split()}) == 0")

@@ -6,14 +6,12 @@ same dtypes, becomes those very files again, whoever wrote them.
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from converters.files import fsync, inside
 from converters.hf.reader import (
     DTYPES,
     INDEX_FILE,
@@ -21,15 +19,16 @@ from converters.hf.reader import (
     SINGLE_FILE,
     HfReader,
     parse_header,
+    read_index,
 )
 from engine.errors import CheckpointError, ConfigError, ModelError
+from engine.storage.files import fsync, inside
 
 LAYOUT_DIR = "hf_layout"
 DEFAULT_SHARD_SIZE = 5_000_000_000
 """Bytes of tensor data in a file; transformers' default."""
 
 _HEADER_SUFFIX = ".header"
-_SHARD_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 _RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -129,7 +128,7 @@ def source_layout(reader: HfReader) -> HfLayout:
     """The layout of the files of a directory. OSError comes from the disk."""
     files = [_weight_file_of(path.name, path, _header_bytes(path)) for path in reader.files()]
     index = None
-    if len(files) > 1:
+    if [file.name for file in files] != [SINGLE_FILE]:  # a single file of another name has an index, too
         index = inside(reader.directory, INDEX_FILE, error=ModelError).read_bytes()
     return HfLayout(files=tuple(files), index=index)
 
@@ -164,7 +163,9 @@ def kept_layout(checkpoint_dir: Path) -> HfLayout | None:
         files = [_kept_file(directory, path.name) for path in sorted(directory.glob(f"*{_HEADER_SUFFIX}"))]
         index = None
         if (directory / INDEX_FILE).exists():
-            index = inside(directory, INDEX_FILE, error=ModelError).read_bytes()
+            path = inside(directory, INDEX_FILE, error=ModelError)
+            read_index(path)
+            index = path.read_bytes()
     except (ModelError, OSError) as error:
         raise CheckpointError(f"{error}; or remove {directory}, then files are laid out anew") from error
     return HfLayout(files=tuple(files), index=index)
@@ -184,17 +185,25 @@ def _weight_file_of(name: str, path: Path, header: bytes) -> WeightFile:
     return WeightFile(name=name, header=header, tensors=tensors)
 
 
+def _is_shard_name(name: str) -> bool:
+    return name.endswith(".safetensors") and not name.startswith(".") and "/" not in name
+
+
 def fits(layout: HfLayout, plan: Mapping[str, PlannedTensor]) -> bool:
-    """Whether the layout's files hold exactly these tensors, in name, dtype and shape, under one index."""
+    """Whether the layout's files hold exactly these tensors, in name, dtype and shape, and whoever reads a
+    directory of them, with the index, finds them all.
+    """
     held = [tensor for file in layout.files for tensor in file.tensors]
     places = {tensor.name: file.name for file in layout.files for tensor in file.tensors}
-    if len(held) != len(plan) or any(plan.get(tensor.name) != tensor for tensor in held):
+    if not len(held) == len(places) == len(plan) or any(plan.get(tensor.name) != tensor for tensor in held):
         return False
-    if any(not _SHARD_NAME.fullmatch(file.name) for file in layout.files):
+    names = {file.name for file in layout.files}
+    if layout.index is None:
+        return names == {SINGLE_FILE}
+    # Beside a file of that name nobody looks at the index.
+    if SINGLE_FILE in names or not all(map(_is_shard_name, names)):
         return False
-    if len(layout.files) == 1:
-        return layout.files[0].name == SINGLE_FILE and layout.index is None
     try:
-        return bool(layout.index) and json.loads(layout.index or b"")["weight_map"] == places
-    except (ValueError, KeyError, TypeError):
+        return bool(json.loads(layout.index)["weight_map"] == places)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False

@@ -7,6 +7,7 @@ a tensor is looked at.
 import json
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from converters.files import and_more, inside, read_into, shown
 from converters.mapping import Weight, hf_tensors
-from converters.source import Source, new_or_given
+from converters.source import Source, new_or_given, row_blocks
 from engine.errors import ModelError
+from engine.model.spec import FP8_REFUSAL
+from engine.storage.files import and_more, inside, read_into, shown
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -45,7 +47,13 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U64": torch.uint64,
 }
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FP8 = "F8_E4M3"
+"""The dtype that quantised weights are read in by whoever has their scales, and that others refuse."""
+
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_ITEM_BYTES = {code: dtype.itemsize for code, dtype in DTYPES.items()} | {FP8: 1}
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+_MAX_DIMENSIONS = 64  # torch's
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -67,14 +75,23 @@ class TensorInfo:
         formats).
         """
         if self.stored_dtype not in DTYPES:
+            other = "quantised source; convert from the unquantised checkpoint"
             raise ModelError(
-                f"{self.file}: {shown(self.name)} has dtype {shown(self.stored_dtype)}, a quantised/fp8 "
-                f"source; convert from the bf16 checkpoint"
+                f"{self.file}: {shown(self.name)} has dtype {shown(self.stored_dtype)}, a "
+                f"{FP8_REFUSAL if self.stored_dtype == FP8 else other}"
             )
         return DTYPES[self.stored_dtype]
 
 
-class HfReader(Source):
+class HfWeights(Source):
+    """The weights of a Hugging Face directory, as they are stored or as something else sees them."""
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+
+
+class HfReader(HfWeights):
     """The tensors of a Hugging Face checkpoint directory, one file or many shards.
 
     Like transformers, `model.safetensors` wins where an index lies beside it. Raises ModelError naming file
@@ -97,7 +114,7 @@ class HfReader(Source):
             raise ModelError(_no_weights(self.directory, f"neither {SINGLE_FILE} nor {INDEX_FILE}"))
 
     def _read_shards(self) -> None:
-        weight_map = _read_index(inside(self.directory, INDEX_FILE, error=ModelError))
+        weight_map = read_index(inside(self.directory, INDEX_FILE, error=ModelError))
         for file in dict.fromkeys(weight_map.values()):
             for name, info in read_header(inside(self.directory, file, error=ModelError)).items():
                 if name in self.tensors:
@@ -116,6 +133,9 @@ class HfReader(Source):
                     f"{self.directory / file}: tensor {shown(name)} is listed in {INDEX_FILE} but is not in "
                     f"the file; download it again"
                 )
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
 
     def files(self) -> list[Path]:
         return list(dict.fromkeys(info.file for info in self.tensors.values()))
@@ -139,6 +159,16 @@ class HfReader(Source):
         assert 0 <= start <= stop <= info.shape[0], f"rows [{start}, {stop}) of {name} {info.shape}"
         rows = new_or_given((stop - start, *info.shape[1:]), info.dtype, out)
         return self._fill(info, info.start + start * self.row_bytes(name), rows)
+
+    def read_fp8_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor that is stored in fp8, float8_e4m3fn; without its scales they mean
+        nothing.
+        """
+        info = self._info(name)
+        assert info.stored_dtype == FP8, info
+        assert 0 <= start <= stop <= info.shape[0], f"rows [{start}, {stop}) of {name} {info.shape}"
+        rows = torch.empty((stop - start, *info.shape[1:]), dtype=torch.float8_e4m3fn)
+        return self._fill(info, info.start + start * math.prod(info.shape[1:]), rows)
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -188,8 +218,10 @@ def _parse_json(path: Path, text: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> shard name. The names are checked where they are opened."""
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> shard name, from an index file. The names are checked where they are opened. Raises
+    ModelError for anything but a JSON object with a `weight_map` of strings that are no pickles.
+    """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path} is larger than {MAX_JSON_BYTES} bytes; it is no safetensors index")
@@ -232,7 +264,9 @@ def parse_header(path: Path, content: bytes, *, size: int | None) -> dict[str, T
     if len(content) != data_start:
         raise ModelError(f"{path} is truncated inside its header; download it again")
     entries = _parse_json(path, content[8:], "the header")
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ModelError(f"{path}: __metadata__ of the header must map names to texts; download it again")
     infos = [_tensor_info(path, name, entry, data_start) for name, entry in entries.items()]
     end = data_start
     for info in sorted(infos, key=lambda info: (info.start, info.stop)):
@@ -265,9 +299,9 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         raise ModelError(
             f"{path}: tensor {shown(name)} ends before it starts; the file is corrupt, download it again"
         )
-    if dtype in DTYPES and stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+    if dtype in _ITEM_BYTES and stop - start != math.prod(shape) * _ITEM_BYTES[dtype]:
         raise ModelError(
-            f"{path}: tensor {shown(name)} of shape {list(shape)} and dtype {dtype} has "
+            f"{path}: tensor {shown(name)} of shape {shown(list(shape))} and dtype {dtype} has "
             f"{stop - start} bytes; the file is corrupt, download it again"
         )
     return TensorInfo(
@@ -281,18 +315,19 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:
-    if isinstance(value, list) and all(type(item) is int and item >= 0 for item in value):
-        return tuple(value)
-    return None
+    """Whole numbers that fit 64 bits, and few of them: their product is taken, and they are printed."""
+    if not isinstance(value, list) or len(value) > _MAX_DIMENSIONS:
+        return None
+    return tuple(value) if all(type(item) is int and 0 <= item < 2**63 for item in value) else None
 
 
-def model_tensors(reader: HfReader) -> list[str]:
+def model_tensors(source: HfWeights) -> list[str]:
     """Names of the tensors that are weights: rotary `inv_freq` buffers of old checkpoints are not."""
-    return [name for name in reader.tensors if not _BUFFERS.fullmatch(name)]
+    return [name for name in source.names() if not _BUFFERS.fullmatch(name)]
 
 
 def check_weights(
-    reader: HfReader, weights: Mapping[str, Weight], *, described_by: str = "config.json"
+    source: HfWeights, weights: Mapping[str, Weight], *, described_by: str = "config.json"
 ) -> None:
     """Raise ModelError unless the checkpoint holds exactly the tensors of the map, in shape and of a float
     dtype. `described_by` is what the map was made from.
@@ -301,39 +336,42 @@ def check_weights(
     as the same bytes as the embedding: anything else is an untied model under a wrong config. Values are not
     looked at.
     """
-    where, expected = reader.directory, hf_tensors(weights)
-    found = model_tensors(reader)
-    if missing := [name for name in expected if name not in reader.tensors]:
+    where, expected = source.directory, hf_tensors(weights)
+    found, stored = model_tensors(source), set(source.names())
+    if missing := [name for name in expected if name not in stored]:
         raise ModelError(
             f"{where}: weight {missing[0]} {list(expected[missing[0]].shape)} is missing{and_more(missing)}; "
             f"the files do not fit {described_by}"
         )
-    if surplus := [name for name in found if name not in expected and name != LM_HEAD]:
+    for name in expected:  # before the surplus, which scales of quantised weights are
+        if (dtype := source.dtype(name)) not in WEIGHT_DTYPES:
+            raise ModelError(
+                f"{where}: weight {name} has dtype {_CODES[dtype]}, a quantised source; "
+                f"convert from the bf16 checkpoint"
+            )
+    copies = (LM_HEAD,) if EMBEDDING in expected else ()
+    if surplus := [name for name in found if name not in expected and name not in copies]:
         raise ModelError(
             f"{where}: weight {shown(surplus[0])} has no place in the model{and_more(surplus)}; "
             f"the files do not fit {described_by}"
         )
-    shapes = {name: tuple(reader.tensors[name].shape) for name in expected}
+    shapes = {name: source.shape(name) for name in expected}
     if wrong := [name for name in expected if shapes[name] != tuple(expected[name].shape)]:
         raise ModelError(
             f"{where}: weight {wrong[0]} has shape {list(shapes[wrong[0]])}, {described_by} asks for "
             f"{list(expected[wrong[0]].shape)}{and_more(wrong)}"
         )
-    for name in expected:
-        if reader.tensors[name].dtype not in WEIGHT_DTYPES:
-            raise ModelError(
-                f"{where}: weight {name} has dtype {reader.tensors[name].stored_dtype}, a quantised source; "
-                f"convert from the bf16 checkpoint"
-            )
-    if LM_HEAD in found and LM_HEAD not in expected and not _same_bytes(reader, LM_HEAD, EMBEDDING):
+    if LM_HEAD in found and LM_HEAD not in expected and not _same_bytes(source, LM_HEAD, EMBEDDING):
         raise ModelError(
             f"{where}: config.json says tie_word_embeddings, but {LM_HEAD} differs from {EMBEDDING}; "
             f"set tie_word_embeddings to false, or remove {LM_HEAD}"
         )
 
 
-def _same_bytes(reader: HfReader, first: str, second: str) -> bool:
-    a, b = reader.tensors[first], reader.tensors[second]
-    if (a.shape, a.stored_dtype) != (b.shape, b.stored_dtype):
+def _same_bytes(source: HfWeights, first: str, second: str) -> bool:
+    if (source.shape(first), source.dtype(first)) != (source.shape(second), source.dtype(second)):
         return False
-    return torch.equal(reader.read(first).view(torch.uint8), reader.read(second).view(torch.uint8))
+    return all(
+        torch.equal(*(source.read_rows(name, *rows).view(torch.uint8) for name in (first, second)))
+        for rows in row_blocks(source, first)
+    )

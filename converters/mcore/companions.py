@@ -14,11 +14,21 @@ from typing import Any
 
 import torch
 
-from converters.files import copy_companions, dtype_name, fsync, write_json
+from converters.companion_files import copy_companions
+from converters.hf.dequantise import dequantised_config
 from converters.hf.layout import keep_layout, source_layout
-from converters.hf.reader import INDEX_FILE, LM_HEAD, SINGLE_FILE, WEIGHT_DTYPES, HfReader
+from converters.hf.reader import (
+    INDEX_FILE,
+    LM_HEAD,
+    MAX_JSON_BYTES,
+    SINGLE_FILE,
+    WEIGHT_DTYPES,
+    HfReader,
+    HfWeights,
+)
 from engine.errors import CheckpointError, ModelError
 from engine.model.spec import load_model_spec
+from engine.storage.files import dtype_name, fsync, write_json
 
 COMPANIONS_DIR = "hf_companions"
 INFO_FILE = "braid.json"
@@ -41,15 +51,17 @@ class SourceInfo:
     """In a checkpoint of LoRA adapters, the dtype of the adapter that it came from."""
 
 
-def describe_source(model_dir: str | Path, *, keep_dtypes: bool = False) -> SourceInfo:
+def describe_source(
+    model_dir: str | Path, *, keep_dtypes: bool = False, dequantised: HfWeights | None = None
+) -> SourceInfo:
     """Read configuration and weight headers of a Hugging Face directory; weights may be absent. Raises
-    ModelError.
+    ModelError. `dequantised` is an fp8 directory's weights as they are converted, and described.
     """
     directory = Path(model_dir)
-    spec = load_model_spec(directory)
-    reader = _weights_of(directory)
-    tensors = reader.tensors if reader is not None else {}
-    dtypes = {name: info.dtype for name, info in tensors.items() if info.dtype in WEIGHT_DTYPES}
+    spec = load_model_spec(directory, fp8=dequantised is not None)
+    source = dequantised or _weights_of(directory)
+    tensors = {} if source is None else {name: source.dtype(name) for name in source.names()}
+    dtypes = {name: dtype for name, dtype in tensors.items() if dtype in WEIGHT_DTYPES}
     kinds = set(dtypes.values())
     return SourceInfo(
         architecture=spec.architecture,
@@ -74,19 +86,23 @@ def write_companions(
     *,
     source: SourceInfo | None = None,
     adapter_dtype: str | None = None,
+    dequantised_to: torch.dtype | None = None,
 ) -> SourceInfo:
     """Put `hf_companions/`, `hf_layout/` and `braid.json` into a Megatron checkpoint directory, which exists.
 
-    Call it on one rank. Repeating it replaces the files. Raises ModelError for what is wrong with
-    `model_dir`.
+    Call it on one rank. Repeating it replaces the files. With `dequantised_to`, the dtype that fp8 weights
+    became, the configuration speaks of that dtype, and no `hf_layout/` is kept, for the files of fp8 weights
+    cannot come back. Raises ModelError for what is wrong with `model_dir`.
     """
     info = replace(source or describe_source(model_dir), adapter_dtype=adapter_dtype)
     target = Path(checkpoint_dir) / COMPANIONS_DIR
     target.mkdir(exist_ok=True)
     copy_companions(model_dir, target, error=ModelError)
+    if dequantised_to is not None:
+        write_json(target / "config.json", dequantised_config(model_dir, dequantised_to))
     fsync(target)
     reader = _weights_of(model_dir)
-    if reader is not None and adapter_dtype is None:
+    if reader is not None and adapter_dtype is None and dequantised_to is None:
         keep_layout(source_layout(reader), Path(checkpoint_dir))
     write_json(Path(checkpoint_dir) / INFO_FILE, {"format": _FORMAT, **asdict(info)})
     return info
@@ -104,8 +120,10 @@ def read_source_info(checkpoint_dir: str | Path) -> SourceInfo:
             f"written by braid, or was copied incompletely"
         )
     try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes; use another checkpoint")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error})") from error
     if not isinstance(value, dict) or value.get("format") != _FORMAT:
         raise CheckpointError(
@@ -120,7 +138,7 @@ def _source_info(path: Path, value: Mapping[str, Any]) -> SourceInfo:
     if dtypes is not None and not (isinstance(dtypes, dict) and set(map(str, dtypes.values())) <= names):
         raise CheckpointError(f"{path}: hf_dtypes must map tensor names to {', '.join(sorted(names))}")
     adapter_dtype = value.get("adapter_dtype")
-    if adapter_dtype is not None and adapter_dtype not in names:
+    if adapter_dtype is not None and str(adapter_dtype) not in names:
         raise CheckpointError(f"{path}: adapter_dtype must be one of {', '.join(sorted(names))}")
     return SourceInfo(
         architecture=str(value.get("architecture")),

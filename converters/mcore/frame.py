@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import yaml
 
-from converters.files import fsync, write_json
-from converters.mcore.metadata import METADATA_FILE, DistBytes, DistTensor, write_metadata
-from converters.mcore.reader import COMMON_FILE, CONFIG_FILE
 from engine.model.spec import ModelSpec
+from engine.storage.files import fsync, write_json
+from engine.storage.metadata import METADATA_FILE, DistBytes, DistTensor, write_metadata
+from engine.storage.reader import COMMON_FILE, CONFIG_FILE
 
 RUN_CONFIG_FILE = "run_config.yaml"
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from converters.mapping import Weight
-from converters.mcore.archive import archive_around
-from converters.mcore.metadata import DistChunk, DistTensor
 from converters.mcore.reader import stacked_key
 from converters.transfer import OutputFile, Piece, TensorData
+from engine.storage.archive import archive_around
+from engine.storage.metadata import DistChunk, DistTensor, prepare_to_write
 
 FILE_SIZE = 1_000_000_000
 """Bytes of tensor data in a file, about: files are what workers share, and what is kept when one is
@@ -50,6 +50,7 @@ def plan_checkpoint(
     weights: Mapping[str, Weight], dtypes: Mapping[str, torch.dtype], *, file_size: int = FILE_SIZE
 ) -> DistPlan:
     """`dtypes` is by key of the checkpoint; `weights` in the order in which they are written."""
+    prepare_to_write()
     stacked = [stacked_key(name) for name in weights]
     layers = 1 + max((place.layer for place in stacked if place.layer is not None), default=0)
     boxes = [_box(weight, dtypes[stacked_key(weight.name).key], layers) for weight in weights.values()]

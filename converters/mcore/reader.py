@@ -1,34 +1,31 @@
-"""Reading Megatron-Core's `torch_dist` checkpoints without Megatron and without a process group.
+"""Models in Megatron-Core's `torch_dist` checkpoints, by their canonical names.
 
-On disk: `.metadata` says which box of which tensor lies where, `__<rank>_<n>.distcp` hold the boxes as
-torch.save archives one after another, `metadata.json` names the format, `common.pt` holds what is no tensor
-(never read here). The layers of a decoder are stacked: `decoder.layers.3.mlp.linear_fc1.weight` is row 3 of
+The layers of a decoder are stacked: `decoder.layers.3.mlp.linear_fc1.weight` is row 3 of
 the key `decoder.layers.mlp.linear_fc1.weight` with global shape [layers, ...]. fc1 is [gate; up] whatever the
 tensor parallelism was. Keys of the optimizer contain `optimizer.`; only `embedding.`, `decoder.` and
 `output_layer.` keys are the model.
 """
 
-import itertools
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from converters.files import and_more, inside, shown
+from converters.hf.reader import WEIGHT_DTYPES
 from converters.mapping import Vocabulary, Weight
-from converters.mcore.archive import Box
-from converters.mcore.metadata import METADATA_FILE, DistChunk, DistTensor, read_metadata
 from converters.source import Source, new_or_given
 from engine.errors import CheckpointError
+from engine.storage.files import and_more, dtype_name, shown
+from engine.storage.metadata import METADATA_FILE, DistTensor
+from engine.storage.reader import TorchDistReader
 
-CONFIG_FILE = "metadata.json"
-COMMON_FILE = "common.pt"
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 
+_MOST_LAYERS = 10_000
+"""Of which surplus ones are named; a damaged file may claim any number."""
 _LAYER = re.compile(r"(.*\bdecoder\.layers)\.(\d+)\.(.+)")
 
 
@@ -48,35 +45,8 @@ def stacked_key(name: str) -> StackedKey:
     return StackedKey(key=f"{match[1]}.{match[3]}", layer=int(match[2]))
 
 
-def is_dist_checkpoint(directory: str | Path) -> bool:
-    """Whether the directory looks like a torch_dist checkpoint, be it a damaged one."""
-    return any((Path(directory) / name).exists() for name in (METADATA_FILE, CONFIG_FILE))
-
-
-class DistReader:
-    """The tensors of a torch_dist checkpoint, saved under any layout.
-
-    Raises CheckpointError when a file of the format is missing or damaged. `tensors` has every tensor by its
-    key, those of the optimizer too.
-    """
-
-    def __init__(self, checkpoint_dir: str | Path) -> None:
-        self.directory = Path(checkpoint_dir)
-        if not self.directory.is_dir():
-            raise CheckpointError(f"checkpoint {checkpoint_dir} does not exist")
-        for name in (CONFIG_FILE, METADATA_FILE):
-            if not (self.directory / name).is_file():
-                raise CheckpointError(
-                    f"checkpoint {checkpoint_dir} is incomplete: it has no {name}{self._hint()}"
-                )
-        self.tensors = read_metadata(self.directory / METADATA_FILE)
-        self._tiled: dict[str, list[DistChunk]] = {}
-        self._boxes: dict[tuple[str, DistChunk], Box] = {}
-
-    def _hint(self) -> str:
-        """The user may have passed the directory of a run, whose checkpoints are one level down."""
-        inner = sorted(path.parent.name for path in self.directory.glob(f"*/{METADATA_FILE}"))
-        return f"; did you mean {self.directory / inner[-1]}?" if inner else ""
+class DistReader(TorchDistReader):
+    """The tensors of a torch_dist checkpoint by their canonical names, saved under any layout."""
 
     def locate(self, name: str) -> tuple[DistTensor, int | None]:
         """The stored tensor of a canonical name, and the layer's row if it is stacked. Raises
@@ -92,7 +62,7 @@ class DistReader:
             )
         if stacked.layer is not None and (not tensor.shape or stacked.layer >= tensor.shape[0]):
             raise CheckpointError(
-                f"{self.directory}: {stacked.key} has shape {list(tensor.shape)}, so no layer "
+                f"{self.directory}: {stacked.key} has shape {shown(list(tensor.shape))}, so no layer "
                 f"{stacked.layer}; this is a checkpoint of another model"
             )
         return tensor, stacked.layer
@@ -127,7 +97,7 @@ class DistReader:
         """Raise CheckpointError unless the stored tensor is there and fits the weight."""
         if not self.fits(name, weight):
             raise CheckpointError(
-                f"{self.directory}: weight {name} has shape {list(self.shape(name))}, "
+                f"{self.directory}: weight {name} has shape {shown(list(self.shape(name)))}, "
                 f"the model's config.json asks for {list(weight.shape)}"
             )
 
@@ -139,59 +109,18 @@ class DistReader:
     def read_rows(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Rows [start, stop) of the full tensor of a canonical name, contiguous; into `out` where given.
 
-        Reads those rows of the boxes that hold them. Raises CheckpointError for a missing box, a truncated
-        file or a box that is not what `.metadata` says.
+        Raises CheckpointError for a missing box, a truncated file or a box that is not what `.metadata` says.
         """
         tensor, layer = self.locate(name)
-        lead = 0 if layer is None else 1
-        shape = tensor.shape[lead:]
+        shape = tensor.shape if layer is None else tensor.shape[1:]
         assert 0 <= start <= stop <= shape[0], f"rows [{start}, {stop}) of {name} {shape}"
         rows = new_or_given((stop - start, *shape[1:]), tensor.dtype, out)
-        for chunk in self._chunks(name):
-            first = max(start, chunk.offsets[lead])
-            last = min(stop, chunk.offsets[lead] + chunk.sizes[lead])
-            if first >= last:
-                continue
-            box = self._boxes.get((name, chunk)) or Box(self.directory, tensor, chunk)
-            self._boxes[name, chunk] = box
-            # As rows of the box: a layer's rows of a stacked box lie behind those of the layers before it.
-            skipped = 0 if layer is None else (layer - chunk.offsets[0]) * chunk.sizes[lead]
-            begin = skipped + first - chunk.offsets[lead]
-            target = rows[first - start : last - start]
-            if chunk.sizes[lead + 1 :] == shape[1:]:
-                box.read_rows(begin, begin + last - first, lead, target)
-            else:
-                part = torch.empty((last - first, *chunk.sizes[lead + 1 :]), dtype=tensor.dtype)
-                box.read_rows(begin, begin + last - first, lead, part)
-                place = zip(chunk.offsets[lead + 1 :], chunk.sizes[lead + 1 :], strict=True)
-                target[(slice(None), *(slice(at, at + size) for at, size in place))] = part
+        offsets = (start, *(0 for _ in shape[1:]))
+        if layer is None:
+            self.read_region(tensor.key, offsets, rows, named=name)
+        else:
+            self.read_region(tensor.key, (layer, *offsets), rows[None], named=name)
         return rows
-
-    def _chunks(self, name: str) -> list[DistChunk]:
-        """The boxes of a canonical name, once it is known that they tile its tensor."""
-        if name not in self._tiled:
-            tensor, layer = self.locate(name)
-            lead = 0 if layer is None else 1
-            chunks = [
-                c for c in tensor.chunks if layer is None or c.offsets[0] <= layer < c.offsets[0] + c.sizes[0]
-            ]
-            self._check_complete(tensor, name, chunks, lead)
-            self._tiled[name] = chunks
-        return self._tiled[name]
-
-    def _check_complete(self, tensor: DistTensor, name: str, chunks: Sequence[DistChunk], lead: int) -> None:
-        """The boxes must tile the tensor: as many elements as it has, and no two of them overlapping."""
-        boxes = [(chunk.offsets[lead:], chunk.sizes[lead:]) for chunk in chunks]
-        filled = sum(math.prod(sizes) for _, sizes in boxes)
-        overlap = any(
-            all(a < b + m and b < a + n for a, n, b, m in zip(*first, *second, strict=True))
-            for first, second in itertools.combinations(boxes, 2)
-        )
-        if filled != math.prod(tensor.shape[lead:]) or overlap:
-            raise CheckpointError(
-                f"{self.directory}: {name} is incomplete, its parts hold {filled} of "
-                f"{math.prod(tensor.shape[lead:])} elements; use another checkpoint"
-            )
 
 
 def surplus_names(
@@ -208,7 +137,8 @@ def surplus_names(
             names.append(key)
         elif key not in weights:  # stacked
             head, _, tail = key.partition("decoder.layers.")
-            names += [f"{head}decoder.layers.{i}.{tail}" for i in range(tensor.shape[0]) if i not in layers]
+            rows = range(min(tensor.shape[0], _MOST_LAYERS))
+            names += [f"{head}decoder.layers.{i}.{tail}" for i in rows if i not in layers]
     return names
 
 
@@ -216,29 +146,20 @@ def check_checkpoint(
     reader: DistReader, weights: Mapping[str, Weight], *, prefixes: tuple[str, ...] = MODEL_PREFIXES
 ) -> None:
     """Raise CheckpointError unless the keys of the checkpoint that start with `prefixes` are exactly the map,
-    in names and shapes.
+    in names and shapes, and of a float dtype.
     """
     for name, weight in weights.items():
         reader.check_shape(name, weight)
+        if reader.dtype(name) not in WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{reader.directory}: weight {name} has dtype {dtype_name(reader.dtype(name))}; only "
+                f"{', '.join(map(dtype_name, WEIGHT_DTYPES))} are read"
+            )
     if surplus := surplus_names(reader, weights, prefixes=prefixes):
         raise CheckpointError(
             f"{reader.directory}: weight {shown(surplus[0])} has no place in the model{and_more(surplus)}; "
             f"this is a checkpoint of another model"
         )
-
-
-def check_files(reader: DistReader) -> None:
-    """Raise CheckpointError if a file of the checkpoint is missing or cut off, whatever it holds."""
-    ends: dict[str, int] = {}
-    for chunk in (chunk for tensor in reader.tensors.values() for chunk in tensor.chunks):
-        ends[chunk.file] = max(ends.get(chunk.file, 0), chunk.start + chunk.length)
-    for file, end in ends.items():
-        path = inside(reader.directory, file, error=CheckpointError)
-        size = path.stat().st_size
-        if size < end:
-            raise CheckpointError(
-                f"{path} is truncated: it has {size} bytes of {end}; use another checkpoint"
-            )
 
 
 class McoreSource(Source):

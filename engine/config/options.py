@@ -242,8 +242,29 @@ class RunOptions:
     none).
     """
 
-    async_save: bool = False
-    """Write checkpoints beside training. Not built yet: refused."""
+    async_save: bool = True
+    """Write checkpoints beside training: a step waits only while its tensors are copied."""
+
+    force_resume: bool = False
+    """Resume although the training data, their number or the seed are not those of the checkpoint."""
+
+    export_steps: int | None = None
+    """Steps between exports for transformers beside training, as `hf-<step>` or `adapter-<step>`; a multiple
+    of save_steps.
+    """
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """Where loss or gradients are not finite: end the run and say where, or leave the update out and count
+    it. Weights never take such an update.
+    """
+
+    loss_spike_factor: float | None = 3.0
+    """Report a loss above this many times the median of the last 50 steps; `none`: never."""
+
+    hang_timeout: float = 1800.0
+    """Seconds without a finished step, evaluation or checkpoint after which the run ends, with the stacks of
+    all ranks in output_dir/stacks; 0: never.
+    """
 
     deterministic: bool = False
     """Deterministic kernels only; CPU runs are deterministic without it."""
@@ -275,6 +296,11 @@ class LaunchOptions:
 
     master_port: int | None = None
     """Free port on node 0."""
+
+    max_restarts: int = 0
+    """Times that the ranks are started again after one of them failed; they go on from the newest whole
+    checkpoint.
+    """
 
 
 @dataclass(kw_only=True)

@@ -29,6 +29,7 @@ ALIASES: Mapping[str, str] = {
     "clip_grad": "max_grad_norm",
     "lr_decay_style": "lr_scheduler_type",
     "adapters": "adapter",
+    "dequantize": "dequantise",
 }
 # Options of the contract whose feature does not exist yet: refused by name instead of called unknown.
 NOT_BUILT: Mapping[str, str] = {
@@ -234,7 +235,8 @@ def _resolve_names(
                 continue
             raise ConfigError(f"{prefix}{given}: {NOT_BUILT[name]} is not available in this version")
         if name not in table:
-            near = difflib.get_close_matches(given, [*table, *ALIASES], n=1, cutoff=0.6)
+            aliases = [alias for alias, meant in ALIASES.items() if meant in table]
+            near = difflib.get_close_matches(given, [*table, *aliases], n=1, cutoff=0.6)
             hint = f"; did you mean {prefix}{near[0]}?" if near else "; see --help for all options"
             raise ConfigError(f"{where}: unknown option {prefix}{given}{hint}")
         if name in resolved:
@@ -279,10 +281,11 @@ def _field_docs(config_type: type) -> dict[str, str]:
 
 def help_text(config_type: type) -> str:
     """All options with type, default and help, grouped as the config groups them."""
-    lines, group = [], ""
+    lines: list[str] = []
+    group: str | None = "none yet"
     for option in options_of(config_type).values():
         if option.group != group:
-            group = option.group or ""
+            group = option.group
             lines.append(f"\n{group or 'options'}:")
         default = "" if option.default in (None, [], {}) else f" (default: {_show(option.default)})"
         lines.append(f"  --{option.name} {_type_name(option.annotation)}\n        {option.help}{default}")

@@ -8,7 +8,7 @@ says here what it says there. What Braid has not proven equal to PEFT is refused
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,14 @@ _OTHER_MODULES = (
     "model.layers.0.input_layernorm",
 )
 _REGEX_SIGNS = frozenset("\\^$*+?{}[]()|")
+_ANY_NUMBERED = r".*?\.[^.]*\.(?P<idx>\d+)\."
+# The modules that tied embeddings make one, by the end of their name.
+_EMBEDDINGS = ("embed_tokens", "lm_head")
 
 # Entries of adapter_config.json that Braid reads, or that change nothing about what an adapter computes.
 _READ = frozenset({
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern",
-    "alpha_pattern", "layers_to_transform", "layers_pattern",
+    "alpha_pattern", "layers_to_transform", "layers_pattern", "modules_to_save", "ensure_weight_tying",
 })  # fmt: skip
 _WITHOUT_EFFECT = frozenset({
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version",
@@ -82,19 +85,61 @@ class LoraSpec:
     exclude_modules: str | tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    """Ends of names of modules that are stored whole, and have no low-rank adapter. Not for training."""
+
+    ensure_weight_tying: bool = False
+    """Where embeddings are tied and one of them is stored whole, both are, as one."""
 
     def at(self, layer: int, projection: str) -> LowRank | None:
         """The adapter of a projection such as `q_proj` in a decoder layer (global index); None where it has
         none.
         """
         module = hf_module(layer, projection)
-        if _named(self.exclude_modules, module) or not self._targets(module):
+        if _named(self.exclude_modules, module) or self._kept_for_saving(module) or not self._targets(module):
             return None
         rank = int(_by_pattern(self.rank_pattern, module, self.r))
         alpha = float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
         # A rank below one has no scale; check() refuses it.
         scaling = alpha / (math.sqrt(rank) if self.use_rslora else rank) if rank > 0 else 0.0
         return LowRank(rank=rank, scaling=scaling)
+
+    def _kept_for_saving(self, module: str) -> bool:
+        """Whether PEFT leaves the module to modules_to_save. Here a name is whole parts of a module's name,
+        unlike in `saved_modules`, and an expression.
+        """
+        return any(re.match(_anywhere(name), module) for name in self.modules_to_save)
+
+    def saved_modules(self, spec: ModelSpec, modules: Collection[str]) -> list[str]:
+        """Those of `modules`, which are all of the model that have weights, that are stored whole. As in PEFT
+        a name is any end of a module's name, be it within a word. Raises ConfigError for a name that means no
+        module, and where one module would be stored twice, or with a low-rank adapter in it.
+        """
+        for name in self.modules_to_save:
+            if not any(module.endswith(name) for module in modules):
+                raise ConfigError(
+                    f"modules_to_save: {name!r} is none of the model's modules with weights, such as "
+                    f"{', '.join(_EMBEDDINGS)}, norm or down_proj"
+                )
+        names = self.modules_to_save
+        embeddings = any(name.rpartition(".")[2] in _EMBEDDINGS for name in names)
+        if self.ensure_weight_tying and spec.tied_embeddings and embeddings:
+            names += _EMBEDDINGS
+        saved = [module for module in modules if module.endswith(names)]
+        outer = set(saved)
+        for module in saved:
+            if within := outer.intersection(enclosing_modules(module)):
+                raise ConfigError(
+                    f"modules_to_save: {module} would be stored once more in {min(within)}; name one of them"
+                )
+        for layer, _, projection, _ in self.targets(spec.num_layers):
+            module = hf_module(layer, projection)
+            if within := outer.intersection((module, *enclosing_modules(module))):
+                raise ConfigError(
+                    f"modules_to_save: {min(within)} has the low-rank adapter of {module} in it; name it in "
+                    f"whole parts of its name, or take {projection} out of target_modules"
+                )
+        return saved
 
     def _targets(self, module: str) -> bool:
         if isinstance(self.target_modules, str):
@@ -107,8 +152,7 @@ class LoraSpec:
     def _in_layers(self, module: str) -> bool:
         if not self.layers_to_transform:
             return True
-        blocks = [rf"(?:^|.*?\.){pattern}" for pattern in self.layers_pattern] or [r".*?\.[^.]*"]
-        patterns = [rf"{block}\.(?P<idx>\d+)\." for block in blocks]  # a block may have groups of its own
+        patterns = [_numbered(pattern) for pattern in self.layers_pattern] or [_ANY_NUMBERED]
         found = next((m for pattern in patterns if (m := re.match(pattern, module))), None)
         return found is not None and int(found["idx"]) in self.layers_to_transform
 
@@ -186,7 +230,7 @@ class LoraSpec:
             "layers_to_transform": _as_json(self.layers_to_transform),
             "lora_alpha": _whole(self.lora_alpha),
             "lora_dropout": self.lora_dropout,
-            "modules_to_save": None,
+            "modules_to_save": _as_json(self.modules_to_save),
             "peft_type": "LORA",
             "r": self.r,
             "rank_pattern": dict(self.rank_pattern),
@@ -194,6 +238,8 @@ class LoraSpec:
             "task_type": "CAUSAL_LM",
             "use_dora": False,
             "use_rslora": self.use_rslora,
+            # Not every reader of the file knows this one.
+            **({"ensure_weight_tying": True} if self.ensure_weight_tying else {}),
         }
 
     def summary(self, spec: ModelSpec) -> str:
@@ -212,9 +258,20 @@ def hf_module(layer: int, projection: str) -> str:
     return f"model.layers.{layer}.{block}.{projection}"
 
 
+def enclosing_modules(name: str) -> list[str]:
+    """The modules that the module or tensor `name` lies in, from the outermost on."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
 def adapter_name(layer: int, parameter: str) -> str:
     """Name in checkpoints of e.g. `mlp.linear_fc2.down_proj_lora_A` in a decoder layer (global index)."""
     return f"{CHECKPOINT_PREFIX}layers.{layer}.{parameter}"
+
+
+def saved_name(tensor: str) -> str:
+    """Name in checkpoints of a tensor of a module that is stored whole, such as `model.norm.weight`."""
+    return f"{CHECKPOINT_PREFIX}modules_to_save.{tensor}"
 
 
 def projection_size(spec: ModelSpec, projection: str) -> tuple[int, int]:
@@ -243,7 +300,19 @@ def _by_pattern(patterns: Mapping[str, float], module: str, default: float) -> f
 
 def _fits(pattern: str, module: str) -> bool:
     """As PEFT reads the keys of a pattern: the whole name, or an end of it behind a dot."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    return re.match(_at_end(pattern), module) is not None
+
+
+def _at_end(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
+
+
+def _numbered(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."  # a pattern may have groups of its own
+
+
+def _anywhere(name: str) -> str:
+    return rf"(^|.*\.){name}($|\..*)"
 
 
 def _whole(value: float) -> int | float:
@@ -286,14 +355,21 @@ def _split(word: str) -> list[str]:
 
 
 def _compiled(lora: LoraSpec, where: str) -> LoraSpec:
-    """`lora`, if all of its regular expressions are. Raises ConfigError."""
-    expressions = [*lora.rank_pattern, *lora.alpha_pattern, *lora.layers_pattern]
-    expressions += [value for value in (lora.target_modules, lora.exclude_modules) if isinstance(value, str)]
-    for expression in expressions:
+    """`lora`, if all of its regular expressions are. Raises ConfigError.
+
+    Tried as PEFT uses them, within its own: `(?i)q_proj` alone would compile.
+    """
+    parts = [(part, _at_end(part)) for part in (*lora.rank_pattern, *lora.alpha_pattern)]
+    parts += [(part, _numbered(part)) for part in lora.layers_pattern]
+    parts += [(name, _anywhere(name)) for name in lora.modules_to_save]
+    parts += [
+        (value, value) for value in (lora.target_modules, lora.exclude_modules) if isinstance(value, str)
+    ]
+    for part, expression in parts:
         try:
             re.compile(expression)
         except re.error as error:
-            raise ConfigError(f"{where}{expression!r} is not a regular expression ({error})") from None
+            raise ConfigError(f"{where}{part!r} is not a regular expression ({error})") from None
     return lora
 
 
@@ -346,6 +422,9 @@ def _lora_from_config(config: Mapping[str, Any]) -> LoraSpec:
     if isinstance(target, str) and target.lower() == ALL_LINEAR:
         target = ALL_LINEAR
     layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern") or ()
+    saved = config.get("modules_to_save") or ()
+    if not isinstance(saved, (list, tuple)) or not all(isinstance(name, str) for name in saved):
+        raise TypeError("modules_to_save must be a list of names")
     return LoraSpec(
         r=int(config["r"]),
         lora_alpha=float(config["lora_alpha"]),
@@ -357,4 +436,6 @@ def _lora_from_config(config: Mapping[str, Any]) -> LoraSpec:
         exclude_modules=names(config.get("exclude_modules")),
         layers_to_transform=(layers,) if isinstance(layers, int) else tuple(int(i) for i in layers or ()),
         layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
+        modules_to_save=tuple(saved),
+        ensure_weight_tying=bool(config.get("ensure_weight_tying")),
     )

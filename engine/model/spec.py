@@ -5,6 +5,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ VOCAB_MULTIPLE = 128
 Family = Literal["qwen2", "qwen3"]
 ARCHITECTURES: Mapping[str, Family] = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 ROPE_TYPES = ("default", "linear", "yarn")
+
+FP8_REFUSAL = (
+    "quantised (fp8) source; pass --dequantise to convert it to bf16, or convert from the bf16 checkpoint"
+)
+"""What is said of fp8 weights wherever they are met and `braid convert` was not told to dequantise them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,13 +153,21 @@ def read_hf_config(model_dir: str | Path) -> dict[str, Any]:
     return config
 
 
-def load_model_spec(model_dir: str | Path) -> ModelSpec:
-    """Read and check `config.json` of `model_dir`. Raises ModelError for what Braid cannot train."""
-    return model_spec_from_config(read_hf_config(model_dir), where=str(Path(model_dir) / "config.json"))
+def load_model_spec(model_dir: str | Path, *, fp8: bool = False) -> ModelSpec:
+    """Read and check `config.json` of `model_dir`. Raises ModelError for what Braid cannot train.
+
+    `fp8` lets an fp8 checkpoint pass, for whoever dequantises its weights.
+    """
+    config, where = read_hf_config(model_dir), str(Path(model_dir) / "config.json")
+    return model_spec_from_config(config, where=where, fp8=fp8)
 
 
-def model_spec_from_config(config: Mapping[str, Any], *, where: str = "config.json") -> ModelSpec:
-    """The spec of a parsed Hugging Face configuration; `where` names it in errors (ModelError)."""
+def model_spec_from_config(
+    config: Mapping[str, Any], *, where: str = "config.json", fp8: bool = False
+) -> ModelSpec:
+    """The spec of a parsed Hugging Face configuration; `where` names it in errors (ModelError), `fp8` is as
+    for `load_model_spec`.
+    """
     names = config.get("architectures") or []
     architecture = names[0] if isinstance(names, list) and names else None
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
@@ -161,6 +175,7 @@ def model_spec_from_config(config: Mapping[str, Any], *, where: str = "config.js
             f"{where}: architecture {architecture} is not supported; supported are "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
+    refuse_quantised(config, where, fp8=fp8)
     _refuse_unsupported(config, where)
     family = ARCHITECTURES[architecture]
     hidden, heads = _size(config, "hidden_size", where), _size(config, "num_attention_heads", where)
@@ -204,9 +219,27 @@ def _size(config: Mapping[str, Any], key: str, where: str, default: int | None =
     return value
 
 
+def refuse_quantised(config: Mapping[str, Any], where: str, *, fp8: bool = False) -> None:
+    """Raise ModelError, by the name of the method, for a configuration of quantised weights; with `fp8` for
+    any method but that.
+    """
+    settings = config.get("quantization_config")
+    if not settings:
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if method == "fp8":
+        if not fp8:
+            raise ModelError(f"{where}: {FP8_REFUSAL}")
+        return
+    # The name comes from a file that may hold anything.
+    known = isinstance(method, str) and re.fullmatch(r"[\w.-]{1,40}", method)
+    raise ModelError(
+        f"{where}: quantised ({method if known else 'unknown method'}) source; "
+        f"convert from the unquantised checkpoint"
+    )
+
+
 def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
-    if config.get("quantization_config"):
-        raise ModelError(f"{where}: quantization_config is set; train from the unquantised checkpoint")
     if config.get("hidden_act", "silu") != "silu":
         raise ModelError(f"{where}: hidden_act {config['hidden_act']!r} is not supported, only silu")
     if config.get("use_sliding_window"):

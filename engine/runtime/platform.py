@@ -134,6 +134,9 @@ def _share_cores() -> None:
 class _NoStream:
     """Stands for a CUDA stream on the CPU, where everything is ordered already."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
     def __getattr__(self, name: str) -> Callable[..., "_NoStream"]:
         return lambda *args, **kwargs: self
 
@@ -141,6 +144,8 @@ class _NoStream:
 @functools.cache
 def install_cpu() -> None:
     """Redirect the CUDA names in torch to the CPU; idempotent. Call before importing megatron."""
+    # `with torch.device("meta")` knows the factory functions by identity, from its first use on.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
@@ -189,7 +194,7 @@ def _redirect_torch_cuda() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     cuda.current_stream = cuda.default_stream = lambda *args: _NoStream()
-    cuda.Stream = lambda *args, **kwargs: _NoStream()
+    cuda.Stream = _NoStream  # a class, for it stands in annotations
     cuda.stream = lambda stream: contextlib.nullcontext()
     for name in ("set_device", "synchronize", "empty_cache"):
         setattr(cuda, name, lambda *args, **kwargs: None)

@@ -1,97 +1,332 @@
 """Checkpoints of model, optimizer, random generators and data position in Megatron's torch_dist format.
 
-A checkpoint is a directory `checkpoint-<step>` that is complete or absent: everything is written under
-another name, and the last action is the rename. It is layout-free: another TP/PP/VPP/DP loads it.
+A checkpoint is a directory `checkpoint-<step>` that is whole or absent: everything is written under another
+name, hashed into a manifest that comes last, and the last action is the rename. It is layout-free: another
+TP/PP/VPP/CP/DP loads it.
+
+Saving stops a step only while its tensors are copied into memory that a process of its own writes from. Ranks
+tell rank 0 through files what they have written; a thread there completes the checkpoint.
 """
 
 import dataclasses
 import json
 import os
+import platform
 import shutil
+import threading
+import time
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 
-from engine.errors import CheckpointError
 from engine.model.lora import adapter_state
 from engine.runtime import mcore
+from engine.storage.files import dtype_name, fsync, write_json
+from engine.storage.manifest import FileEntry, Manifest, files_below, hash_files, write_manifest
+from engine.storage.metadata import (
+    METADATA_FILE,
+    DistBytes,
+    DistChunk,
+    DistTensor,
+    prepare_to_write,
+    write_metadata,
+)
+from engine.storage.reader import COMMON_FILE, CONFIG_FILE, TorchDistReader
+from engine.storage.writer import BackgroundWriter, read_answer
+from engine.training.optimizer_state import (
+    StateBox,
+    descriptions,
+    distributed_parts,
+    set_states,
+    state_boxes,
+    states_of,
+)
 from engine.training.resume import STATE_FILE, TrainerState, list_checkpoints
+from engine.training.shards import Part, Shards, load_state, merge_boxes, split_state, stage_shards
 
-# Megatron's default emits flattened ranges, which its own save refuses; this form reshards to any layout.
-_OPTIMIZER_FORMAT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
+_RECORDS_DIR = ".records"
+_POLL_SECONDS = 0.05
+_CONFIG = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
 }
 
 
-def save_checkpoint(
-    output_dir: Path,
-    state: TrainerState,
-    models: Sequence[DistributedDataParallel],
-    optimizer: Any,
-    groups: mcore.Groups,
-    *,
-    add_companions: Callable[[Path], Any],
-    keep: int | None,
-) -> Path:
-    """Write `checkpoint-<step>`; call on every rank. `add_companions(directory)` adds what exports need, on
-    rank 0.
+class CheckpointSaver:
+    """Saves checkpoints of a run; every rank holds one and calls it at the same steps."""
 
-    `keep` is how many checkpoints stay. Whatever goes wrong, nothing half-written is left.
-    """
-    final = output_dir / f"checkpoint-{state.step}"
-    partial = output_dir / f".checkpoint-{state.step}.partial"
-    if groups.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    if state.step == 0:
-        # Before the first step the optimizer has no moments; asking it for what it would load makes them.
-        _sharded_state(models, optimizer, groups, loading=True)
-    try:
-        dist_checkpointing.save(_sharded_state(models, optimizer, groups, loading=False), str(partial))
+    def __init__(
+        self,
+        output_dir: Path,
+        groups: mcore.Groups,
+        *,
+        add_companions: Callable[[Path], Any],
+        keep: int | None,
+        background: bool,
+        export: Callable[[Path], None] | None = None,
+        export_steps: int | None = None,
+    ) -> None:
+        """`add_companions(directory)` adds what exports need, on rank 0; `keep` is how many checkpoints stay;
+        without `background` a save ends when the checkpoint is complete. Every `export_steps` steps rank 0
+        calls `export(checkpoint)` on a thread.
+        """
+        self._output_dir, self._groups, self._add_companions = output_dir, groups, add_companions
+        self._keep, self._background = keep, background
+        self._writer = BackgroundWriter()
+        self._finisher: threading.Thread | None = None
+        self._export, self._export_steps = export, export_steps
+        self._exports: dict[Path, threading.Thread] = {}
+        self._error: BaseException | None = None
+        self.blocked_s = 0.0
+        """Seconds for which the last save kept the step waiting."""
         if groups.rank == 0:
-            add_companions(partial)
-            (partial / STATE_FILE).write_text(
-                json.dumps(dataclasses.asdict(state), indent=2), encoding="utf-8"
+            prepare_to_write()
+
+    @torch.no_grad()
+    def save(self, state: TrainerState, models: Sequence[DistributedDataParallel], optimizer: Any) -> Path:
+        """Begin to write `checkpoint-<step>`, after the one before is complete; returns its path.
+
+        Raises OutputError if that one failed, or, without `background`, if this one does.
+        """
+        self.wait()
+        began = time.monotonic()
+        final = self._output_dir / f"checkpoint-{state.step}"
+        partial = self._output_dir / f".checkpoint-{state.step}.partial"
+        if self._groups.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / _RECORDS_DIR).mkdir(parents=True)
+        shards = collect(models, optimizer, self._groups, started=state.step > 0)
+        dist.barrier()
+        self._write(shards, partial)
+        if self._groups.rank == 0:
+            self._finisher = threading.Thread(
+                target=self._finish, args=(partial, final, state, shards.common), daemon=True
             )
-    except BaseException:  # torch's CheckpointException is no Exception
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    dist.barrier()
-    if groups.rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(partial, final)
-        for old in list_checkpoints(output_dir)[: -keep if keep else 0]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+            self._finisher.start()
+        if not self._background:
+            self.wait()
+            dist.barrier()
+        self.blocked_s = time.monotonic() - began
+        return final
+
+    def poll(self) -> None:
+        """Raise what went wrong with a save in the background, if something did."""
+        self._writer.poll()
+        if self._error is not None:
+            raise self._error
+
+    def idle(self) -> bool:
+        """Whether no save is under way on this rank. Raises like `poll`."""
+        self.poll()
+        return self._writer.poll() and not (self._finisher is not None and self._finisher.is_alive())
+
+    def wait(self) -> None:
+        """Until this rank's part of the last save, and on rank 0 the whole checkpoint, is complete."""
+        self._writer.wait()
+        if self._finisher is not None:
+            self._finisher.join()
+            self._finisher = None
+        self.poll()
+
+    def wait_for_exports(self) -> None:
+        """Until exports are written, at the end of a run."""
+        for thread in self._exports.values():
+            thread.join()
+        self.poll()
+
+    def close(self) -> None:
+        """End the writing process. A save that is not complete is lost."""
+        self._writer.close()
+
+    def _write(self, shards: Shards, partial: Path) -> None:
+        """Hand this rank's part to the writer: at once if it fits into memory beside training, otherwise in
+        files of which only the last is written in the background.
+        """
+        layout = self._groups.layout
+        free = psutil.virtual_memory().available // 2
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size))
+        groups = shards.split(max(free // max(1, local_ranks), 1))
+        table: dict[str, Any] = {"tensors": [], "objects": [], "files": {}}
+        records = partial / _RECORDS_DIR
+        for number, group in enumerate(groups):
+            table["files"] |= {n: dataclasses.asdict(e) for n, e in self._writer.wait().items()}
+            memory = self._writer.memory(group.nbytes)
+            name = f"__{self._groups.rank}_{number}.distcp"
+            staged = stage_shards(group, partial / name, memory)
+            table["tensors"] += [_as_json(tensor) for tensor in staged.tensors]
+            table["objects"] += [dataclasses.asdict(item) for item in staged.objects]
+            if number == len(groups) - 1:
+                path = records / f"{self._groups.rank}.table"
+                path.write_text(json.dumps(table), encoding="utf-8")
+            last = number == len(groups) - 1
+            self._writer.start([staged.file], record=records / str(self._groups.rank) if last else None)
+
+    def _finish(self, partial: Path, final: Path, state: TrainerState, common: dict[str, Any]) -> None:
+        """Complete the checkpoint when all ranks have written; on a thread of rank 0."""
+        try:
+            tensors, objects, files = self._gather(partial / _RECORDS_DIR)
+            write_metadata(partial / METADATA_FILE, merge_boxes(iter(tensors)), objects)
+            torch.save(common, partial / COMMON_FILE)
+            self._add_companions(partial)
+            write_json(partial / STATE_FILE, dataclasses.asdict(state))
+            write_json(partial / CONFIG_FILE, _CONFIG)
+            for name in (METADATA_FILE, COMMON_FILE):
+                fsync(partial / name)
+            shutil.rmtree(partial / _RECORDS_DIR)
+            files |= hash_files(partial, [name for name in files_below(partial) if name not in files])
+            write_manifest(partial, _manifest(files))
+            fsync(partial)
+            _replace(partial, final)
+            if self._export is not None and self._export_steps and state.step % self._export_steps == 0:
+                self._exports[final] = threading.Thread(target=self._run_export, args=(final,), daemon=True)
+                self._exports[final].start()
+            self._remove_old()
+        except BaseException as error:  # torch's errors are no OSError; the next poll hands it on
+            shutil.rmtree(partial, ignore_errors=True)
+            self._error = error
+
+    def _run_export(self, checkpoint: Path) -> None:
+        assert self._export is not None
+        try:
+            self._export(checkpoint)
+        except BaseException as error:
+            self._error = error
+
+    def _remove_old(self) -> None:
+        """Keep the newest whole checkpoints, and those that are being exported."""
+        exporting = {path for path, thread in self._exports.items() if thread.is_alive()}
+        for old in list_checkpoints(self._output_dir)[: -self._keep if self._keep else 0]:
+            if old not in exporting:
+                shutil.rmtree(old)
+
+    def _gather(self, records: Path) -> tuple[list[DistTensor], list[DistBytes], dict[str, FileEntry]]:
+        """What the ranks have written, once all of them have."""
+        tensors, objects, files = list[DistTensor](), list[DistBytes](), dict[str, FileEntry]()
+        for rank in range(self._groups.layout.world_size):
+            path = records / str(rank)
+            while not path.exists():
+                time.sleep(_POLL_SECONDS)
+            files |= read_answer(path.read_bytes())
+            table = json.loads((records / f"{rank}.table").read_text(encoding="utf-8"))
+            tensors += [_from_json(entry) for entry in table["tensors"]]
+            objects += [DistBytes(**entry) for entry in table["objects"]]
+            files |= {name: FileEntry(**entry) for name, entry in table["files"].items()}
+        return tensors, objects, files
 
 
+def _as_json(tensor: DistTensor) -> dict[str, Any]:
+    return dataclasses.asdict(tensor) | {"dtype": dtype_name(tensor.dtype)}
+
+
+def _from_json(entry: dict[str, Any]) -> DistTensor:
+    chunks = tuple(
+        DistChunk(**chunk | {"offsets": tuple(chunk["offsets"]), "sizes": tuple(chunk["sizes"])})
+        for chunk in entry["chunks"]
+    )
+    dtype = getattr(torch, entry["dtype"])
+    return DistTensor(key=entry["key"], shape=tuple(entry["shape"]), dtype=dtype, chunks=chunks)
+
+
+def _manifest(files: dict[str, FileEntry]) -> Manifest:
+    versions = {name: metadata.version(name) for name in ("braid", "torch", "megatron-core")}
+    return Manifest(
+        kind="training",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions | {"python": platform.python_version()},
+        files=dict(sorted(files.items())),
+    )
+
+
+def _replace(partial: Path, final: Path) -> None:
+    """Give the checkpoint its name. One of the same step, of a run that went on from before it, makes room
+    only now.
+    """
+    aside = final.with_name(f".{final.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        final.rename(aside)
+    partial.rename(final)
+    fsync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def collect(
+    models: Sequence[DistributedDataParallel], optimizer: Any, groups: mcore.Groups, *, started: bool
+) -> Shards:
+    """This rank's part of a checkpoint. `started` is whether there has been a step."""
+    parts = distributed_parts(optimizer)
+    if not started:
+        # Before the first step the optimizer has no moments; asking it for what it would load makes them.
+        sharded_state(models, optimizer, groups, loading=True)
+    state = sharded_state(models, optimizer, groups, loading=False)
+    known = descriptions(state)
+    shards = split_state(state)
+    if parts is None:
+        return shards
+    boxes = [
+        Part(
+            key=box.state_key(name),
+            data=flat[box.start : box.stop],
+            shape=box.shape,
+            offsets=box.offsets,
+            sizes=box.sizes,
+        )
+        for part in parts
+        for box in state_boxes(part, known)
+        if box.main
+        for name, flat in states_of(part, box.parameter).items()
+    ]
+    return dataclasses.replace(shards, tensors=(*shards.tensors, *boxes))
+
+
+@torch.no_grad()
 def load_checkpoint(
     checkpoint: Path, models: Sequence[DistributedDataParallel], optimizer: Any, groups: mcore.Groups
 ) -> TrainerState:
     """Restore model, optimizer and, under the same layout, random generators. Call on every rank."""
-    state = TrainerState.read(checkpoint)
+    state, reader = TrainerState.read(checkpoint), TorchDistReader(checkpoint)
     same_layout = state.layout == layout_degrees(groups)
-    wanted = _sharded_state(models, optimizer, groups, loading=True, with_rng=same_layout)
-    try:
-        loaded = dist_checkpointing.load(wanted, str(checkpoint))
-    except (dist_checkpointing.core.CheckpointingException, OSError, EOFError) as error:
-        raise CheckpointError(f"{checkpoint} cannot be loaded: {_first_line(error)}") from error
+    wanted = sharded_state(models, optimizer, groups, loading=True, with_rng=same_layout)
+    known = descriptions(wanted)
+    loaded = load_state(reader, wanted)
     for index, model in enumerate(models):
         # A checkpoint of LoRA training has adapters only, the base keeps its weights.
         found = model.module.load_state_dict(loaded[f"model{index}"], strict=model.module.lora is None)
         assert not found.unexpected_keys, found.unexpected_keys
     optimizer.load_state_dict(loaded["optimizer"])
+    for part in distributed_parts(optimizer) or []:
+        _load_states(reader, part, known)
     if same_layout:
         mcore.set_rng_state(loaded["rng"])
     return state
+
+
+def _load_states(reader: TorchDistReader, part: Any, known: dict[torch.Tensor, Any]) -> None:
+    """Fill a distributed optimizer's master weights and moments."""
+    boxes: dict[torch.Tensor, list[StateBox]] = {}
+    for box in state_boxes(part, known):
+        boxes.setdefault(box.parameter, []).append(box)
+    for parameter, mine in boxes.items():
+        states = {
+            name: torch.empty(flat.shape, dtype=flat.dtype)
+            for name, flat in states_of(part, parameter).items()
+        }
+        for name, flat in states.items():
+            for box in mine:
+                stored = torch.empty(box.sizes, dtype=reader.tensor(box.state_key(name)).dtype)
+                reader.read_region(box.state_key(name), box.offsets, stored)
+                flat[box.start : box.stop] = stored.flatten()
+        set_states(part, parameter, {name: flat.to(parameter.device) for name, flat in states.items()})
 
 
 def layout_degrees(groups: mcore.Groups) -> dict[str, int]:
@@ -100,7 +335,7 @@ def layout_degrees(groups: mcore.Groups) -> dict[str, int]:
     return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "dp": layout.dp}
 
 
-def _sharded_state(
+def sharded_state(
     models: Sequence[DistributedDataParallel],
     optimizer: Any,
     groups: mcore.Groups,
@@ -115,9 +350,12 @@ def _sharded_state(
         for i, (model, layers) in enumerate(zip(models, groups.layout.chunks_of(groups.pp_rank), strict=True))
     }
     sharded = dict(chunks)
-    sharded["optimizer"] = optimizer.sharded_state_dict(
-        chunks, is_loading=loading, metadata=_OPTIMIZER_FORMAT
-    )
+    if distributed_parts(optimizer) is None:
+        sharded["optimizer"] = optimizer.sharded_state_dict(chunks, is_loading=loading)
+    else:
+        if loading:
+            optimizer.load_state_dict(optimizer.state_dict())  # makes room for moments where there is none
+        sharded["optimizer"] = optimizer.state_dict()
     if with_rng:
         layout = groups.layout
         sharded["rng"] = ShardedObject(
@@ -128,7 +366,3 @@ def _sharded_state(
             replica_id=0,
         )
     return sharded
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -2,27 +2,38 @@
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 from engine.config.options import SftConfig
 from engine.config.parse import flatten
 from engine.data.loader import Loader
 from engine.data.stream import StreamLoader
+from engine.errors import StoppedError, TrainingError
 from engine.runtime.mcore import Groups
 from engine.runtime.platform import Platform
-from engine.training.checkpoint import layout_degrees, load_checkpoint, save_checkpoint
+from engine.training.checkpoint import CheckpointSaver, layout_degrees, load_checkpoint
 from engine.training.display import Display
 from engine.training.metrics import MetricsLog, Throughput
 from engine.training.optimizer import set_learning_rate
 from engine.training.resume import TrainerState
 from engine.training.schedule import LearningRate
-from engine.training.step import evaluate, global_totals, train_step
+from engine.training.step import StepResult, StepTotals, evaluate, global_totals, train_step
+from engine.training.watch import (
+    STOP_SIGNALS,
+    LossWatch,
+    StopRequest,
+    Watchdog,
+    exit_at_once,
+    first_nonfinite,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,32 +58,68 @@ class Trainer:
     started: float
     """time.monotonic() at the start of the program."""
 
+    give_up: Callable[[str], None] = exit_at_once
+    """Ends this process with a message when the run stands still."""
+
+    stop_signals: Sequence[signal.Signals] = STOP_SIGNALS
+    """Signals upon which the run is saved and ends."""
+
+    export: Callable[[Path], None] | None = None
+    """Turns a checkpoint into what transformers or PEFT load, on a thread of rank 0."""
+
     def fit(self, resume: Path | None) -> Path:
-        """Train to the last step, from `resume` if given; returns the last checkpoint."""
+        """Train to the last step, from `resume` if given; returns the last checkpoint.
+
+        Raises StoppedError when the run was asked to stop, after saving; TrainingError when values are not
+        finite; OutputError when a checkpoint cannot be written.
+        """
         run, plan = self.config.run, self.train_data.plan
         state = self._state_at(step=0, tokens=0)
         if resume is not None:
-            TrainerState.read(resume).check_same_run(state, resume)
+            if not run.force_resume:
+                TrainerState.read(resume).check_same_run(state, resume)
             state = load_checkpoint(resume, self.models, self.optimizer, self.groups)
-        log = MetricsLog(
-            self.output_dir,
-            report_to=run.report_to,
-            options=flatten(self.config),
-            resumed_step=state.step,
-            enabled=self.groups.rank == 0,
-        )
-        display = Display(plan.total_steps, state.step, enabled=self.groups.rank == 0)
-        try:
-            last = self._run(state, resume, log, display)
-        finally:
-            display.close()
-            log.close()
+        first = self.groups.rank == 0
+        with contextlib.ExitStack() as stack:
+            tools = _Tools(
+                log=MetricsLog(
+                    self.output_dir,
+                    report_to=run.report_to,
+                    options=flatten(self.config),
+                    resumed_step=state.step,
+                    enabled=first,
+                ),
+                display=Display(plan.total_steps, state.step, enabled=first),
+                saver=CheckpointSaver(
+                    self.output_dir,
+                    self.groups,
+                    add_companions=self.add_companions,
+                    keep=run.save_total_limit,
+                    background=run.async_save,
+                    export=self.export,
+                    export_steps=run.export_steps,
+                ),
+                watchdog=Watchdog(
+                    run.hang_timeout,
+                    self.output_dir / "stacks" / f"rank-{self.groups.rank}.txt",
+                    self.give_up,
+                ),
+                losses=LossWatch(run.loss_spike_factor),
+                stop=stack.enter_context(StopRequest(self.stop_signals).listening()),
+            )
+            for tool in (tools.log, tools.display, tools.saver, tools.watchdog):
+                stack.callback(tool.close)
+            last = self._run(state, resume, tools)
+            tools.watchdog.beat("writing the last checkpoint")
+            tools.saver.wait()
+            tools.saver.wait_for_exports()
         return last
 
-    def _run(self, state: TrainerState, resume: Path | None, log: MetricsLog, display: Display) -> Path:
+    def _run(self, state: TrainerState, resume: Path | None, tools: "_Tools") -> Path:
         run, plan = self.config.run, self.train_data.plan
         speed = Throughput(self.platform, self.groups.layout.world_size, self.started)
         tokens, last, waited = state.tokens, resume, 0.0
+        tools.watchdog.beat(f"in step {state.step + 1}")
         for batch in self.train_data.steps(state.step, state.stream):
             step = batch.step + 1
             learning_rate = self.schedule(batch.step)
@@ -81,14 +128,18 @@ class Trainer:
                 self.models, self.optimizer, batch.micro_batches, self.groups, self.platform.device
             )
             totals = global_totals(
-                result.losses, result.micro_batches, self.flops_per_token, self.groups, self.platform.device
+                result.losses,
+                result.micro_batches,
+                self.flops_per_token,
+                self.groups,
+                self.platform.device,
+                stop=tools.stop.received is not None,
             )
+            self._inspect(step, totals, result, tools)
             tokens += totals.tokens
             waited += batch.wait_s
             speed.add(totals)
-            display.advance(step)
-            if not result.updated:
-                display.line(f"step {step}: gradients overflowed float16, the update is left out")
+            tools.display.advance(step)
             if step % run.logging_steps == 0 or step in (1, plan.total_steps):
                 record = {
                     "step": step,
@@ -98,25 +149,63 @@ class Trainer:
                     "tokens": tokens,
                     **speed.take(steps_left=plan.total_steps - step),
                     "data_wait_s": round(waited, 4),
+                    "skipped_steps": tools.skipped,
                 }
                 waited = 0.0
-                log.write(record)
-                display.record(record)
+                tools.log.write(record)
+                tools.display.record(record)
             paused = time.monotonic()
             if self._due(step, run.eval_steps):
-                self._evaluate(step, log, display)
-            if step == plan.total_steps or (run.save_steps and step % run.save_steps == 0):
-                last = self._save(step, tokens, batch.position)
+                tools.watchdog.beat(f"evaluating after step {step}")
+                self._evaluate(step, tools)
+            ended = step == plan.total_steps
+            if ended or totals.stop or (run.save_steps and step % run.save_steps == 0):
+                tools.watchdog.beat(f"saving step {step}")
+                last = self._save(tools.saver, step, tokens, batch.position)
+            tools.saver.poll()
+            if totals.stop and not ended:
+                self._stop(step, tools.saver)
             speed.pause(time.monotonic() - paused)
+            tools.watchdog.beat(f"in step {step + 1}")
         # A run of no steps is saved as it started, so that it can be exported.
-        return last or self._save(0, tokens, None)
+        return last or self._save(tools.saver, 0, tokens, None)
+
+    def _inspect(self, step: int, totals: StepTotals, result: StepResult, tools: "_Tools") -> None:
+        """Say what is strange about a step; the same on every rank. Raises TrainingError if it must not go
+        on.
+        """
+        norm = result.grad_norm
+        if result.grad_norm is None and not result.updated:
+            tools.skipped += 1
+            tools.display.line(f"step {step}: gradients overflowed float16, the update is left out")
+        elif not (math.isfinite(totals.loss) or not totals.supervised) or not math.isfinite(norm or 0.0):
+            tools.skipped += 1
+            where = first_nonfinite(self.models, self.groups)
+            message = f"step {step}: loss {totals.loss}, gradient norm {norm}; not finite: {where}"
+            if self.config.run.nonfinite == "stop":
+                raise TrainingError(
+                    f"{message}. The update was left out; lower learning_rate, look at this step's data, "
+                    f"or pass --nonfinite skip"
+                )
+            tools.display.line(f"{message}; the update is left out ({tools.skipped} so far)")
+        elif tools.losses.spike(totals.loss):
+            tools.display.line(f"step {step}: loss {totals.loss:.4f} is a spike")
+
+    def _stop(self, step: int, saver: CheckpointSaver) -> None:
+        """End here, when what was saved is complete on every rank."""
+        saver.wait()
+        dist.barrier()
+        raise StoppedError(
+            f"stopped after step {step} as asked, and saved checkpoint-{step}; go on with "
+            f"--resume_from_checkpoint auto"
+        )
 
     def _due(self, step: int, every: int | None) -> bool:
         if self.eval_data is None:
             return False
         return step == self.train_data.plan.total_steps or bool(every and step % every == 0)
 
-    def _evaluate(self, step: int, log: MetricsLog, display: Display) -> None:
+    def _evaluate(self, step: int, tools: "_Tools") -> None:
         assert self.eval_data is not None
         with parameters_gathered(self.models):
             batches = (batch.micro_batches for batch in self.eval_data.steps())
@@ -127,21 +216,13 @@ class Trainer:
             "eval_perplexity": math.exp(min(totals.loss, 700.0)),
             "eval_tokens": totals.tokens,
         }
-        log.write(record)
-        display.line(f"step {step}  eval loss {totals.loss:.4f}")
+        tools.log.write(record)
+        tools.display.line(f"step {step}  eval loss {totals.loss:.4f}")
 
-    def _save(self, step: int, tokens: int, stream: dict[str, int] | None) -> Path:
+    def _save(self, saver: CheckpointSaver, step: int, tokens: int, stream: dict[str, int] | None) -> Path:
         state = self._state_at(step=step, tokens=tokens, stream=stream)
         with parameters_gathered(self.models):
-            return save_checkpoint(
-                self.output_dir,
-                state,
-                self.models,
-                self.optimizer,
-                self.groups,
-                add_companions=self.add_companions,
-                keep=self.config.run.save_total_limit,
-            )
+            return saver.save(state, self.models, self.optimizer)
 
     def _state_at(self, *, step: int, tokens: int, stream: dict[str, int] | None = None) -> TrainerState:
         plan = self.train_data.plan
@@ -156,6 +237,20 @@ class Trainer:
             layout=layout_degrees(self.groups),
             stream=stream,
         )
+
+
+@dataclass(kw_only=True)
+class _Tools:
+    """What accompanies the steps of a run."""
+
+    log: MetricsLog
+    display: Display
+    saver: CheckpointSaver
+    watchdog: Watchdog
+    losses: LossWatch
+    stop: StopRequest
+    skipped: int = 0
+    """Steps whose update was left out, since the run was started or resumed."""
 
 
 @contextlib.contextmanager

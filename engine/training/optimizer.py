@@ -1,5 +1,6 @@
 """Megatron's data-parallel wrapper and (distributed) optimizer around the model chunks."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,8 +76,26 @@ def build_optimizer(
     }
     config = OptimizerConfig(**mcore.known_fields(OptimizerConfig, values))
     optimizer = get_megatron_optimizer(config, list(models), use_gloo_process_groups=False)
+    _guard_update(optimizer)
     _connect_schedules(models, optimizer)
     return optimizer
+
+
+def _guard_update(optimizer: Any) -> None:
+    """Leave the update out where the norm of the gradients is not a finite number, as Megatron does where
+    float16 overflows. The norm is the same on every rank, so all of them do.
+    """
+    compute, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    last: list[float] = [0.0]
+
+    def get_grad_norm() -> float:
+        last[0] = compute()
+        return last[0]
+
+    def step_with_ready_grads() -> bool:
+        return bool(math.isfinite(last[0]) and update())
+
+    optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
 
 
 def _connect_schedules(models: Sequence[DistributedDataParallel], optimizer: Any) -> None:

@@ -5,10 +5,12 @@ A checkpoint is a directory `checkpoint-<step>` that is complete or absent (see 
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import CheckpointError
+from engine.storage.manifest import check_manifest, read_manifest
 
 STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -39,10 +41,8 @@ class TrainerState:
     @classmethod
     def read(cls, checkpoint: Path) -> "TrainerState":
         """Raises CheckpointError if `checkpoint` is not a complete training checkpoint."""
-        if not is_complete(checkpoint):
-            raise CheckpointError(
-                f"{checkpoint} is not a complete training checkpoint; pass another or `auto`"
-            )
+        if (wrong := damage(checkpoint)) is not None:
+            raise CheckpointError(f"{wrong}; resume from another checkpoint or pass `auto`")
         try:
             values = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
             return cls(**values)
@@ -67,8 +67,23 @@ class TrainerState:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a directory holds all parts that only a finished save leaves."""
-    return all((checkpoint / name).is_file() for name in (STATE_FILE, ".metadata", "metadata.json"))
+    """Whether a directory holds all files of a finished save in full size. Their content is not looked at."""
+    return damage(checkpoint) is None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint at first sight, as one line; None if its manifest and the sizes of all
+    files are right.
+    """
+    try:
+        problems = check_manifest(checkpoint, read_manifest(checkpoint), hashes=False)
+    except CheckpointError as error:
+        return str(error)
+    if problems:
+        return f"{checkpoint / problems[0].name}: {problems[0].line()}"
+    if not (checkpoint / STATE_FILE).is_file():
+        return f"{checkpoint} has no {STATE_FILE}; it is no checkpoint of a run"
+    return None
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -81,15 +96,33 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
-def resolve_resume(resume: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint to continue from: a path, the newest complete one for `auto`, or None for a fresh
-    start.
+def passed_over(output_dir: Path, chosen: Path | None) -> list[str]:
+    """What is wrong with each directory of a checkpoint that is newer than `chosen`, as one line each."""
+    found = {int(m[1]): path for path in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))}
+    match = _NAME.fullmatch(chosen.name) if chosen is not None else None
+    newest = int(match[1]) if match else -1
+    return [line for step in sorted(found) if step > newest and (line := damage(found[step])) is not None]
+
+
+def resolve_resume(
+    resume: str | None, output_dir: Path, *, damaged: Collection[Path] = (), restarted: bool = False
+) -> Path | None:
+    """The checkpoint to continue from: a path, the newest complete one for `auto`, or None for a fresh start.
+
+    `damaged` are passed over. A run that was `restarted` goes on from its own newest checkpoint, whatever it
+    began from.
     """
+    complete = [path for path in list_checkpoints(output_dir) if path not in damaged]
+    if complete and (resume == "auto" or restarted):
+        return complete[-1]
+    if resume == "auto":
+        if broken := [*passed_over(output_dir, None), *map(str, damaged)]:
+            raise CheckpointError(
+                f"{broken[-1]}; no checkpoint of {output_dir} is whole, remove them to start afresh"
+            )
+        return None
     if resume is None:
         return None
-    if resume == "auto":
-        complete = list_checkpoints(output_dir)
-        return complete[-1] if complete else None
     path = Path(resume)
     if not path.is_dir():
         raise CheckpointError(

@@ -121,6 +121,9 @@ class StepTotals:
     flops: float
     """Model FLOPs, forward and backward; see ModelSpec.train_flops_per_token."""
 
+    stop: bool
+    """Some rank was asked to stop."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
@@ -130,7 +133,7 @@ class StepResult:
     micro_batches: Sequence[MicroBatch]
     grad_norm: float | None
     updated: bool
-    """False where a loss-scaled step overflowed and the update was left out."""
+    """False where the update was left out: gradients are not finite, or overflowed float16."""
 
 
 def run_pipeline(
@@ -188,12 +191,16 @@ def global_totals(
     flops_per_token: Callable[[int], float],
     groups: Groups,
     device: torch.device,
+    *,
+    stop: bool = False,
 ) -> StepTotals:
     """Add up loss and token counts over all ranks: one small all-reduce. Call on every rank.
 
-    `flops_per_token(n)` are the FLOPs of a token in a document of n tokens.
+    `flops_per_token(n)` are the FLOPs of a token in a document of n tokens; `stop` is whether this rank was
+    asked to stop, which all ranks learn in the same step.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    sums[4] = stop
     if groups.reports_loss:
         if losses:
             sums[0] = torch.stack(list(losses)).double().sum()
@@ -203,12 +210,13 @@ def global_totals(
             sums[2] += batch.num_tokens
             sums[3] += sum(n * flops_per_token(n) for n in batch.lengths)
     dist.all_reduce(sums)
-    loss, supervised, tokens, flops = sums.tolist()
+    loss, supervised, tokens, flops, stops = sums.tolist()
     return StepTotals(
         loss=loss / supervised if supervised else float("nan"),
         supervised=int(supervised),
         tokens=int(tokens),
         flops=flops,
+        stop=stops > 0,
     )
 
 

@@ -1,14 +1,23 @@
-"""Tiny random Qwen checkpoints, made once a session by transformers itself."""
+"""Tiny random Qwen checkpoints, made once a session by transformers itself; sources and files to compare."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from converters.convert import output_files
+from converters.hf.layout import PlannedTensor, plan_layout
+from converters.source import Source, new_or_given
+from converters.transfer import FileRecord, OutputFile, TransferOptions, write_files
+
+if TYPE_CHECKING:
+    from .adapters import Bases
 
 SIZES: dict[str, Any] = {
     "num_hidden_layers": 3,
@@ -28,8 +37,8 @@ def _build(kind: str, directory: Path, dtype: torch.dtype, shard_size: str) -> N
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    if kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=6, tie_word_embeddings=False))
+    if kind.startswith("qwen3"):
+        model = Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=6, tie_word_embeddings=kind == "qwen3-tied"))
     else:
         model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=kind == "qwen2-tied"))
     for (
@@ -67,6 +76,48 @@ def model(models: MakeModel, tmp_path: Path) -> Path:
 def sharded(models: MakeModel, tmp_path: Path) -> Path:
     """A copy of the Qwen3 in several files, to be damaged at will."""
     return Path(shutil.copytree(models("qwen3", torch.bfloat16, "40KB"), tmp_path / "sharded"))
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> "Bases":
+    """Bases and adapters, shared by all tests."""
+    from .adapters import Bases  # transformers and peft, which the other tests do without
+
+    return Bases(tmp_path_factory.mktemp("bases"))
+
+
+class MemorySource(Source):
+    """Tensors that are in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], directory: Path = Path()) -> None:
+        self.tensors, self.directory = tensors, directory
+
+    def files(self) -> list[Path]:
+        return []
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read_rows(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        part = self.tensors[name][start:stop]
+        return new_or_given(tuple(part.shape), part.dtype, out).copy_(part)
+
+
+def hf_files(tensors: Mapping[str, Tensor], source: Source | None = None, **layout: Any) -> list[OutputFile]:
+    """The safetensors files of these tensors, as `plan_layout` lays them out, filled from `source`."""
+    plan = [PlannedTensor(name=n, dtype=t.dtype, shape=tuple(t.shape)) for n, t in tensors.items()]
+    return list(output_files(plan_layout(plan, **layout), source or MemorySource(tensors)))
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, Tensor], **layout: Any) -> dict[str, FileRecord]:
+    """Write `hf_files` and remove the records, as a conversion does."""
+    files = hf_files(tensors, **layout)
+    records = write_files(files, directory, MemorySource(tensors), TransferOptions())
+    shutil.rmtree(directory / ".records")
+    return records
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:

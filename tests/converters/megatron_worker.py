@@ -1,4 +1,5 @@
-"""A Megatron job on the CPU: load a converted checkpoint, compare, save it again. Run by test_dist_ckpt.
+"""A Megatron job on the CPU: load a converted checkpoint as strictly as Megatron can, compare, save it again.
+Run by test_dist_ckpt.
 
     python -m tests.converters.megatron_worker STORE SAVE_TO [TP_SIZE HF_DIR CHECKPOINT]...
 
@@ -8,14 +9,17 @@ One process plays every tensor-parallel rank in turn: the format knows boxes of 
 """
 
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.api
 
 from converters.hf.reader import HfReader
 from converters.mapping import GatedMLP, Replicated, Sharded, Weight, weight_map
+from converters.mcore.frame import extra_state_keys
 from converters.mcore.reader import stacked_key
 from engine.model.spec import load_model_spec
 
@@ -58,17 +62,76 @@ def state(hf_dir: str, tp_size: int) -> dict[str, Any]:
     return result
 
 
-def load(tp_size: int, hf_dir: str, checkpoint: str) -> dict[str, Any]:
-    """Load and compare; the sharded tensors."""
-    from megatron.core import dist_checkpointing
+def extra_states(hf_dir: str) -> dict[str, Any]:
+    """What modules of Transformer Engine ask for besides: one object a module and layer."""
+    from megatron.core.dist_checkpointing import ShardedObject
 
-    request, wanted = state(hf_dir, tp_size), state(hf_dir, tp_size)
-    for item in request.values():
-        item.data.zero_()
-    loaded = dist_checkpointing.load({"model": request}, checkpoint)["model"]
-    for name, item in wanted.items():
-        assert torch.equal(loaded[name], item.data), name
+    result: dict[str, Any] = {}
+    for unique in extra_state_keys(load_model_spec(hf_dir)):
+        key, _, shard = unique.partition("/shard_")
+        index, count = map(int, shard.split("_"))
+        item = ShardedObject(key=key, data="unset", global_shape=(count,), global_offset=(index,))
+        assert item.unique_key == unique
+        result[unique] = item
+    assert {(item.key, item.global_shape, item.global_offset) for item in result.values()} >= {
+        ("decoder.layers.self_attention.linear_qkv._extra_state", (3,), (2,)),
+        ("decoder.final_layernorm._extra_state", (1,), (0,)),
+    }
+    return result
+
+
+def load(tp_size: int, hf_dir: str, checkpoint: str) -> dict[str, Any]:
+    """Load, once with Megatron's default strictness and once in which the keys have to be the same on both
+    sides, and compare; the sharded tensors.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    wanted = state(hf_dir, tp_size)
+    for options in ({}, {"strict": StrictHandling.RAISE_ALL}):
+        request, states = state(hf_dir, tp_size), extra_states(hf_dir)
+        for item in request.values():
+            item.data.zero_()
+        loaded = dist_checkpointing.load({"model": request | states}, checkpoint, **options)
+        for name, item in wanted.items():
+            assert torch.equal(loaded["model"][name], item.data), name
+        assert {name: loaded["model"][name] for name in states} == dict.fromkeys(states)
+        assert loaded["iteration"] == 0
+        assert loaded["checkpoint_version"] == 3.0
+    assert dist_checkpointing.check_is_distributed_checkpoint(checkpoint)
+    assert dist_checkpointing.load_content_metadata(checkpoint) == {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
     return wanted
+
+
+def refuse(hf_dir: str, checkpoint: str) -> None:
+    """What `load` relies on: a key that is missing, or not asked for, does not go unnoticed."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedObject
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    tensors, states = state(hf_dir, 1), extra_states(hf_dir)
+    surplus = ShardedObject(
+        key="decoder.layers.mlp.router._extra_state", data=None, global_shape=(3,), global_offset=(0,)
+    )
+
+    def without(items: Mapping[str, Any], name: str) -> dict[str, Any]:
+        return {key: item for key, item in items.items() if key != name}
+
+    attempts: Iterable[tuple[dict[str, Any], dict[str, Any]]] = (
+        ({}, tensors | states | {"surplus": surplus}),
+        ({"strict": StrictHandling.RAISE_ALL}, tensors | without(states, next(iter(states)))),
+        ({"strict": StrictHandling.RAISE_ALL}, without(tensors, next(iter(tensors))) | states),
+    )
+    for options, request in attempts:
+        try:
+            dist_checkpointing.load({"model": request}, checkpoint, **options)
+        except (CheckpointingException, dist.checkpoint.api.CheckpointException):
+            continue
+        raise AssertionError(f"{options} loads another set of keys")
 
 
 def save(model: dict[str, Any], save_to: str) -> None:
@@ -91,6 +154,7 @@ def main(store: str, save_to: str, *jobs: str) -> None:
     for job in range(0, len(jobs), 3):
         tp_size, *paths = jobs[job : job + 3]
         model = load(int(tp_size), *paths)
+    refuse(*paths)
     save(model, save_to)
     dist.destroy_process_group()
 

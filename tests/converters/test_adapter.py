@@ -1,12 +1,7 @@
-"""Adapters: PEFT -> Megatron -> PEFT gives every byte back; a merge is PEFT's merge and changes no source;
-what cannot be used is refused in one line.
-"""
+"""Adapters: PEFT -> Megatron -> PEFT gives every byte back; a merge is PEFT's merge and changes no source."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,65 +24,15 @@ from converters.convert import to_hf, to_mcore
 from converters.mcore.reader import DistReader
 from converters.merge import merge
 from engine.config.options import LoraOptions
-from engine.errors import CheckpointError, ConfigError, ModelError
+from engine.errors import CheckpointError, ConfigError
 from engine.model.lora_spec import CONFIG_FILE, lora_from_options, read_lora_config
 from engine.model.spec import load_model_spec
-from launch.cli import main
+from engine.storage.manifest import MANIFEST_FILE, check_manifest, read_manifest
 from tests.launch.runs import everything_in
-from tests.support.models import FEW_KV_HEADS, save_adapter, save_tiny_model
+from tests.support.models import save_adapter
 
+from .adapters import COMPANIONS, DTYPES, Bases
 from .conftest import assert_identical, edit_json, tensors_of
-
-COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE")
-ADAPTERS: Mapping[str, dict[str, Any]] = {
-    "all-linear": {},
-    "subset": {"target_modules": ["k_proj", "o_proj", "up_proj", "down_proj"], "rank_pattern": {"o_proj": 3}},
-    "rslora": {"use_rslora": True, "r": 3, "target_modules": ["q_proj", "v_proj", "gate_proj"]},
-    "patterns": {
-        "rank_pattern": {r"layers\.1\.mlp\.\w+": 2, "q_proj": 6},
-        "alpha_pattern": {"down_proj": 5, "k_proj": 3},
-        "exclude_modules": ["v_proj"],
-    },
-    "both": {
-        "target_modules": ["q_proj", "k_proj", "down_proj"],
-        "layers_to_transform": [0, 3],
-        "use_rslora": True,
-        "rank_pattern": {"k_proj": 5},
-        "alpha_pattern": {r"layers\.3\..*": 3},
-    },
-    "alpha 6": {"lora_alpha": 6},
-}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class Bases:
-    """Models and adapters, each made once; not to be changed."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self.model = cache(self._model)
-        self.adapter = cache(self._adapter)
-
-    def _model(self, name: str, dtype: str = "fp32") -> Path:
-        directory = save_tiny_model(name, self._root / f"{name}-{dtype}", dtype=DTYPES[dtype])
-        for companion in COMPANIONS:
-            (directory / companion).write_bytes(b"\xef\xbb\xbf " + companion.encode() + b"\r\n")
-        (directory / "modeling_evil.py").write_text("raise SystemExit")
-        return directory
-
-    def _adapter(self, model: str, setting: str, dtype: str = "fp32") -> Path:
-        directory = self._root / f"{model}-{setting}-{dtype}"
-        save_adapter(self.model(model), directory, **ADAPTERS[setting])
-        if dtype != "fp32":
-            tensors = load_file(directory / ADAPTER_FILE)
-            narrow = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
-            save_file(narrow, directory / ADAPTER_FILE, metadata={"format": "pt"})
-        return directory
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
-    return Bases(tmp_path_factory.mktemp("bases"))
 
 
 def load(directory: Path) -> Any:
@@ -118,10 +63,13 @@ def test_round_trip_is_byte_identical(
     assert holds_adapter(tmp_path / "mcore")
     back = to_peft(tmp_path / "mcore", tmp_path / "new" / "peft")
 
-    assert names_in(tmp_path / "new" / "peft") == {ADAPTER_FILE, CONFIG_FILE}
+    assert names_in(tmp_path / "new" / "peft") == {ADAPTER_FILE, CONFIG_FILE, MANIFEST_FILE}
     for name in (ADAPTER_FILE, CONFIG_FILE):
         assert (tmp_path / "new" / "peft" / name).read_bytes() == (source / name).read_bytes()
     tensors = load_file(source / ADAPTER_FILE)
+    for made, kind in ((tmp_path / "mcore", "mcore-adapter"), (tmp_path / "new" / "peft", "peft")):
+        manifest = read_manifest(made)
+        assert (manifest.kind, check_manifest(made, manifest)) == (kind, [])
     assert report.tensors == back.tensors == len(tensors)
     assert report.bytes == back.bytes == sum(tensor.nbytes for tensor in tensors.values())
     assert {tensor.dtype for tensor in tensors.values()} == {DTYPES[dtype]}
@@ -265,7 +213,7 @@ def test_merge_is_that_of_peft(bases: Bases, tmp_path: Path, model: str, setting
     assert report.tensors == len(tensors_of(base))
     for name in ("config.json", "generation_config.json", *COMPANIONS):
         assert (tmp_path / "new" / "merged" / name).read_bytes() == (base / name).read_bytes()
-    assert names_in(tmp_path / "new" / "merged") == names_in(base) - {"modeling_evil.py"}
+    assert names_in(tmp_path / "new" / "merged") == names_in(base) - {"modeling_evil.py"} | {MANIFEST_FILE}
     assert names_in(tmp_path / "new") == {"merged"}
 
 
@@ -309,210 +257,3 @@ def test_merged_shards(bases: Bases, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max_shard_size"):
         merge(base, adapter, tmp_path / "none", max_shard_size=0)
     assert not (tmp_path / "none").exists()
-
-
-# Command line
-
-
-def refused(words: list[str], root: Path, capsys: pytest.CaptureFixture[str], *named: str) -> None:
-    """Exit code 2, one line that holds all of `named`, nothing changed below `root`."""
-    before = everything_in(root)
-    capsys.readouterr()
-    code = main(words)
-    printed = capsys.readouterr()
-    assert code == 2, printed.err
-    assert printed.err.startswith(f"braid {words[0]}: error: ")
-    assert printed.err.count("\n") == 1, printed.err
-    assert printed.out == ""
-    for part in named:
-        assert part in printed.err
-    assert everything_in(root) == before
-
-
-def merge_words(base: Path, adapter: Path, out: Path, *more: str) -> list[str]:
-    return ["merge", "--model", str(base), "--adapter", str(adapter), "--output_dir", str(out), *more]
-
-
-def convert_words(base: Path, adapter: Path, out: Path, *more: str) -> list[str]:
-    words = merge_words(base, adapter, out, *more)
-    return ["convert", "--to", "mcore", *words[1:]]
-
-
-def test_commands(bases: Bases, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, adapter = bases.model("qwen3_head_dim"), bases.adapter("qwen3_head_dim", "subset", "bf16")
-    mcore, peft, merged = tmp_path / "mcore", tmp_path / "peft", tmp_path / "merged"
-    tensors = len(load_file(adapter / ADAPTER_FILE))
-    capsys.readouterr()
-    assert main(convert_words(base, adapter, mcore, "--tensor_model_parallel_size", "2")) == 0
-    assert capsys.readouterr().out.startswith(f"{mcore}: {tensors} tensors, ")
-    assert main(["convert", "--to", "hf", "--checkpoint", str(mcore), "--output_dir", str(peft)]) == 0
-    assert capsys.readouterr().out.startswith(f"{peft}: {tensors} tensors, ")
-    for name in (ADAPTER_FILE, CONFIG_FILE):
-        assert (peft / name).read_bytes() == (adapter / name).read_bytes()
-
-    words = merge_words(base, peft, merged, "--torch_dtype", "bfloat16", "--max_shard_size", "60KB")
-    assert main(words) == 0
-    assert capsys.readouterr().out.startswith(f"{merged}: {len(tensors_of(base))} tensors, ")
-    merge(base, adapter, tmp_path / "expected", dtype=torch.bfloat16)
-    assert_identical(tensors_of(merged), tensors_of(tmp_path / "expected"))
-    assert len(list(merged.glob("*.safetensors"))) > 1
-
-
-def edit_tensors(adapter: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(adapter / ADAPTER_FILE)
-    edit(tensors)
-    save_file(tensors, adapter / ADAPTER_FILE, metadata={"format": "pt"})
-
-
-def _truncate(adapter: Path) -> None:
-    os.truncate(adapter / ADAPTER_FILE, (adapter / ADAPTER_FILE).stat().st_size - 100)
-
-
-def _link(adapter: Path) -> None:
-    (adapter / ADAPTER_FILE).rename(adapter.parent / "outside")
-    (adapter / ADAPTER_FILE).symlink_to(adapter.parent / "outside")
-
-
-GONE = "base_model.model.model.layers.2.mlp.up_proj.lora_B.weight"
-EXTRA = "base_model.model.lm_head.lora_A.weight"
-INTEGERS = "base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight"
-# What is done to an adapter directory -> what the message names.
-BROKEN: Mapping[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
-    "no directory": (shutil.rmtree, ("adapter does not exist",)),
-    "no configuration": (lambda a: (a / CONFIG_FILE).unlink(), (f"has no {CONFIG_FILE}",)),
-    "broken configuration": (lambda a: (a / CONFIG_FILE).write_text("{"), (CONFIG_FILE, "not readable JSON")),
-    "no weights": (lambda a: (a / ADAPTER_FILE).unlink(), (f"has no {ADAPTER_FILE}",)),
-    "only a pickle": (
-        lambda a: (a / ADAPTER_FILE).rename(a / "adapter_model.bin"),
-        ("adapter_model.bin", "only safetensors are read"),
-    ),
-    "truncated": (_truncate, (f"{ADAPTER_FILE} is truncated",)),
-    "no safetensors": (lambda a: (a / ADAPTER_FILE).write_bytes(b"\xff" * 64), (ADAPTER_FILE,)),
-    "link": (_link, (f"{ADAPTER_FILE} is a link to",)),
-    "missing tensor": (lambda a: edit_tensors(a, lambda t: t.pop(GONE)), (f"weight {GONE}", "is missing")),
-    "surplus tensor": (
-        lambda a: edit_tensors(a, lambda t: t.update({EXTRA: torch.zeros(4, 64)})),
-        (f"weight {EXTRA} has no place",),
-    ),
-    "integers": (
-        lambda a: edit_tensors(a, lambda t: t.update({INTEGERS: t[INTEGERS].to(torch.int8)})),
-        (f"weight {INTEGERS} has dtype I8",),
-    ),
-    "more targets than tensors": (
-        lambda a: edit_json(a / CONFIG_FILE, lambda c: c["target_modules"].append("q_proj")),
-        ("q_proj.lora_A.weight", "is missing (and 7 more)"),
-    ),
-    "fewer targets than tensors": (
-        lambda a: edit_json(a / CONFIG_FILE, lambda c: c["target_modules"].remove("up_proj")),
-        ("up_proj.lora_", "has no place in the model (and 7 more)"),
-    ),
-    "another rank": (
-        lambda a: edit_json(a / CONFIG_FILE, lambda c: c.update(r=16)),
-        ("k_proj.lora_A.weight has shape [4, 64]", "asks for [16, 64]"),
-    ),
-    "rank zero": (lambda a: edit_json(a / CONFIG_FILE, lambda c: c.update(r=0)), (CONFIG_FILE, "rank 0")),
-    "lm_head": (
-        lambda a: edit_json(a / CONFIG_FILE, lambda c: c["target_modules"].append("lm_head")),
-        (CONFIG_FILE, "'lm_head' is none of the linears"),
-    ),
-    "DoRA": (
-        lambda a: edit_json(a / CONFIG_FILE, lambda c: c.update(use_dora=True)),
-        (CONFIG_FILE, "DoRA is not supported"),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_broken_adapters(bases: Bases, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str) -> None:
-    damage, named = BROKEN[case]
-    base = bases.model("qwen3_head_dim")
-    adapter = Path(shutil.copytree(bases.adapter("qwen3_head_dim", "subset"), tmp_path / "adapter"))
-    damage(adapter)
-    for words in (merge_words, convert_words):
-        refused(words(base, adapter, tmp_path / "out"), tmp_path, capsys, *named)
-    for convert in (merge, adapter_to_mcore):
-        with pytest.raises(ModelError):
-            convert(base, adapter, tmp_path / "out")
-
-
-@pytest.mark.parametrize("words", [merge_words, convert_words])
-def test_adapter_of_another_base(
-    bases: Bases, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: Callable[..., list[str]]
-) -> None:
-    adapter = bases.adapter(FEW_KV_HEADS, "subset")
-    refused(
-        words(bases.model("qwen3_head_dim"), adapter, tmp_path / "out"),
-        tmp_path,
-        capsys,
-        "layers.0.self_attn.k_proj.lora_B.weight has shape [32, 4]",
-        "asks for [96, 4]",
-    )
-
-
-@pytest.mark.parametrize("words", [merge_words, convert_words])
-def test_output_directory_in_use(
-    bases: Bases, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: Callable[..., list[str]]
-) -> None:
-    base, adapter = bases.model("qwen3_head_dim"), bases.adapter("qwen3_head_dim", "subset")
-    (tmp_path / "out").mkdir()
-    assert main(words(base, adapter, tmp_path / "out")) == 0  # an empty one may be there
-    refused(words(base, adapter, tmp_path / "out"), tmp_path, capsys, "out is not empty")
-    back = ["convert", "--to", "hf", "--checkpoint", str(tmp_path / "mcore")]
-    adapter_to_mcore(base, adapter, tmp_path / "mcore")
-    refused([*back, "--output_dir", str(tmp_path / "out")], tmp_path, capsys, "out is not empty")
-
-
-def test_damaged_checkpoint(bases: Bases, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mcore = tmp_path / "mcore"
-    adapter_to_mcore(bases.model("qwen2_tied"), bases.adapter("qwen2_tied", "subset"), mcore)
-    words = ["convert", "--to", "hf", "--checkpoint", str(mcore), "--output_dir", str(tmp_path / "out")]
-    data = mcore / "__0_0.distcp"
-    whole = data.read_bytes()
-    data.write_bytes(whole[:-5000])
-    refused(words, tmp_path, capsys, "__0_0.distcp is truncated")
-    data.write_bytes(whole)
-    (mcore / "braid.json").rename(tmp_path / "braid.json")
-    refused(words, tmp_path, capsys, "has no braid.json")
-    (tmp_path / "braid.json").rename(mcore / "braid.json")
-    assert main(words) == 0
-
-
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        ("merge --model MODEL --output_dir OUT", "pass all three"),
-        ("merge --adapter ADAPTER --output_dir OUT", "pass all three"),
-        ("merge --model MODEL --adapter ADAPTER", "pass all three"),
-        ("merge --model MODEL --adapter ADAPTER --output_dir OUT --checkpoint MCORE", "unknown"),
-        ("merge --model MODEL --adapter ADAPTER --output_dir OUT --max_shard_size much", "max_shard_size"),
-        ("merge --model MODEL --adapter ADAPTER --output_dir OUT --max_shard_size 0", "max_shard_size"),
-        ("merge --model MODEL --adapter ADAPTER --output_dir OUT --torch_dtype int8", "torch_dtype"),
-        ("merge --model NONE --adapter ADAPTER --output_dir OUT", "none does not exist"),
-        ("merge --model ADAPTER --adapter ADAPTER --output_dir OUT", "adapter has no config.json"),
-        ("merge --model MODEL --adapter MODEL --output_dir OUT", f"model has no {CONFIG_FILE}"),
-        ("convert --to mcore --adapter ADAPTER --output_dir OUT", "reads --model"),
-        ("convert --to mcore --model MODEL --adapter ADAPTER", "--output_dir"),
-        ("convert --to hf --checkpoint MCORE --adapter ADAPTER --output_dir OUT", "--adapter does not go"),
-        (
-            "convert --to mcore --model MODEL --adapter ADAPTER --output_dir OUT --torch_dtype bfloat16",
-            "torch_dtype does not go with a LoRA adapter",
-        ),
-        (
-            "convert --to hf --checkpoint MCORE --output_dir OUT --torch_dtype bfloat16",
-            "torch_dtype does not go with a LoRA adapter",
-        ),
-        (
-            "convert --to mcore --model MODEL --adapter ADAPTER --output_dir OUT "
-            "--tensor_model_parallel_size 3",
-            "tensor_model_parallel_size",
-        ),
-    ],
-)
-def test_flags_that_cannot_be(
-    bases: Bases, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, named: str
-) -> None:
-    shutil.copytree(bases.model("qwen2_tied"), tmp_path / "model")
-    shutil.copytree(bases.adapter("qwen2_tied", "subset"), tmp_path / "adapter")
-    adapter_to_mcore(tmp_path / "model", tmp_path / "adapter", tmp_path / "mcore")
-    places = {name: str(tmp_path / name.lower()) for name in ("MODEL", "ADAPTER", "MCORE", "NONE", "OUT")}
-    refused([places.get(word, word) for word in words.split()], tmp_path, capsys, named)

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from converters.convert import to_mcore
 from converters.hf.reader import HfReader
 from converters.mapping import Vocabulary, Weight, hf_tensors, weight_map
+from converters.model import open_model
+from converters.source import Source
 from engine.model.spec import ModelSpec, load_model_spec
 
 from .conftest import KINDS, MakeModel, tensors_of
@@ -29,6 +34,56 @@ def test_shards_merge_and_invert(models: MakeModel, kind: str, tp_size: int) -> 
         for name, tensor in weight.to_hf(full).items():
             assert tensor.is_contiguous()
             assert torch.equal(tensor, source[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_make_up_the_full_tensor(models: MakeModel, kind: str) -> None:
+    """Padding included; `places` says where each Hugging Face tensor's rows have gone."""
+    reader, spec = HfReader(models(kind)), load_model_spec(models(kind))
+    source = tensors_of(models(kind))
+    for weight in weight_map(spec).values():
+        parts = []
+        for rows in weight.rows():
+            if rows.hf is None:
+                parts.append(torch.zeros(rows.count, *weight.shape[1:], dtype=torch.bfloat16))
+            else:
+                parts.append(source[rows.hf.name][rows.start : rows.stop])
+            assert parts[-1].shape[0] == rows.count > 0
+        full = torch.cat(parts)
+        assert torch.equal(full, weight.to_megatron(reader.read_slice)), weight.name
+        assert weight.places().keys() == {tensor.name for tensor in weight.hf}
+        for name, places in weight.places().items():
+            assert torch.equal(torch.cat([full[at : at + rows.count] for at, rows in places]), source[name])
+            assert [rows.start for _, rows in places] == sorted(rows.start for _, rows in places)
+
+
+@pytest.fixture(scope="module")
+def sources(models: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[HfReader, Source]:
+    """The same model in either format."""
+    directory = tmp_path_factory.mktemp("mapping") / "mcore"
+    to_mcore(models("qwen3"), directory)
+    return HfReader(models("qwen3")), open_model(directory).source
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_either_format_gives_the_same_rows_and_slices(
+    sources: tuple[HfReader, Source], data: st.DataObject
+) -> None:
+    hf, mcore = sources
+    name = data.draw(st.sampled_from(sorted(hf.tensors)))
+    shape = hf.shape(name)
+    assert (mcore.shape(name), mcore.dtype(name)) == (shape, hf.dtype(name))
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, shape[axis])] * 2)))
+    found = mcore.read_slice(name, axis, start, stop)
+    assert found.is_contiguous()
+    assert torch.equal(found, hf.read(name).narrow(axis, start, stop - start))
+    memory = torch.empty(min(2, shape[0]), *shape[1:], dtype=torch.bfloat16)
+    first = data.draw(st.integers(0, shape[0] - memory.shape[0]))
+    rows = mcore.read_rows(name, first, first + memory.shape[0], memory)
+    assert rows.data_ptr() == memory.data_ptr()
+    assert torch.equal(memory, hf.read_rows(name, first, first + memory.shape[0]))
 
 
 def layer(spec: ModelSpec, name: str) -> Weight:

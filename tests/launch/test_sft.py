@@ -22,7 +22,7 @@ from tests.launch.runs import Run, braid, everything_in, question_rows, read_jso
 
 TRAIN_KEYS = {
     "step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "tflops_per_gpu", "mfu", "mem_gib",
-    "elapsed_s", "eta_s", "data_wait_s",
+    "elapsed_s", "eta_s", "data_wait_s", "skipped_steps",
 }  # fmt: skip
 EVAL_KEYS = {"step", "eval_loss", "eval_perplexity", "eval_tokens"}
 SETTINGS = (
@@ -198,10 +198,12 @@ def test_a_resumed_run_exports_anew(continued: Trained, trained: Trained) -> Non
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda c: (c / "__0_0.distcp").unlink(), ("__0_0.distcp does not exist",)),
-        (lambda c: os.truncate(c / "__0_0.distcp", 1000), ("__0_0.distcp is truncated",)),
-        (lambda c: (c / ".metadata").write_bytes(b"rubbish"), (".metadata is damaged",)),
-        (lambda c: (c / "trainer_state.json").write_text("{"), ("trainer_state.json cannot be read",)),
+        (lambda c: (c / "__0_0.distcp").unlink(), ("__0_0.distcp: the file is missing",)),
+        (lambda c: os.truncate(c / "__0_0.distcp", 1000), ("__0_0.distcp: the file has 1000 bytes of",)),
+        (lambda c: (c / ".metadata").write_bytes(b"rubbish"), (".metadata: the file has 7 bytes of",)),
+        (lambda c: (c / "trainer_state.json").unlink(), ("trainer_state.json: the file is missing",)),
+        (lambda c: (c / "braid-manifest.json").write_text("{"), ("braid-manifest.json is damaged",)),
+        (lambda c: (c / "braid-manifest.json").unlink(), ("has no braid-manifest.json",)),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(
@@ -211,7 +213,7 @@ def test_a_damaged_checkpoint_is_refused(
     damage: Callable[[Path], Any],
     named: tuple[str, ...],
 ) -> None:
-    """Before two ranks would start."""
+    """Before two ranks would start, where no other checkpoint is left."""
     out = tmp_path / "out"
     shutil.copytree(trained.out, out)
     damage(out / "checkpoint-3")

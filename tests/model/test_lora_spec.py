@@ -269,7 +269,6 @@ def test_a_description_without_any_linear_is_refused() -> None:
 # Settings that PEFT itself saves -> what the refusal names.
 UNSUPPORTED: Mapping[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
-    "modules_to_save ['embed_tokens']": {"modules_to_save": ["embed_tokens"]},
     "bias 'all'": {"bias": "all"},
     "bias 'lora_only'": {"bias": "lora_only"},
     "lora_bias True": {"lora_bias": True},

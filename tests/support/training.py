@@ -91,7 +91,7 @@ def save_after_idle_step(
 ) -> None:
     """Load a checkpoint under a layout, take a step with learning rate 0, and save."""
     from converters.mcore.companions import write_companions
-    from engine.training.checkpoint import layout_degrees, save_checkpoint
+    from engine.training.checkpoint import CheckpointSaver, layout_degrees
     from engine.training.optimizer import set_learning_rate
     from engine.training.resume import TrainerState
     from engine.training.step import train_step
@@ -113,15 +113,15 @@ def save_after_idle_step(
         tokens=0,
         layout=layout_degrees(groups),
     )
-    save_checkpoint(
+    saver = CheckpointSaver(
         Path(output_dir),
-        state,
-        models,
-        optim,
         groups,
         add_companions=lambda directory: write_companions(model_dir, directory),
         keep=None,
+        background=False,
     )
+    saver.save(state, models, optim)
+    saver.close()
     release(models)
 
 
@@ -278,6 +278,7 @@ def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
     from engine.config.parse import parse
     from engine.runtime import mcore
     from engine.runtime.platform import open_platform
+    from engine.training.watch import exit_at_once
     from launch.processes import World
     from launch.sft import draw, prepare_here, share_data, train
 
@@ -287,7 +288,7 @@ def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
     platform = open_platform(device="cpu", dtype="float32", transformer_impl="torch", local_rank=rank)
     data = prepare_here(blueprint, world)
     groups = mcore.initialize(blueprint.layout, platform, seed=config.run.seed)
-    train(blueprint, platform, groups, share_data(data, blueprint))
+    train(blueprint, platform, groups, share_data(data, blueprint), exit_at_once)
     gc.collect()
     for found in gc.get_objects():
         if type(found).__name__ == "DistributedDataParallel":

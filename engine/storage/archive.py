@@ -17,9 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from converters.files import FileRange, inside, read_into, shown
-from converters.mcore.metadata import DistChunk, DistTensor
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, ModelError
+from engine.storage.files import FileRange, inside, read_into, shown
+from engine.storage.metadata import DistChunk, DistTensor, check_pickle
 
 _MAX_PICKLE = 100_000
 """Bytes of the pickle that describes one tensor; a few hundred in practice."""
@@ -47,13 +47,15 @@ class Box:
     def _shown(self) -> str:
         return shown(self._tensor.key)
 
-    def read_rows(self, start: int, stop: int, lead: int, out: Tensor) -> None:
-        """Fill `out` with rows [start, stop) of the box, whose first `lead` + 1 dimensions count as one."""
-        sizes = self._chunk.sizes
+    def read_rows(self, start: int, stop: int, out: Tensor) -> None:
+        """Fill `out` [stop - start, ...] with rows of the box, whose dimensions before those of a row count
+        as one. `out` is contiguous.
+        """
+        columns = out.shape[1:]
         if self._data_start is None:  # not stored plainly
-            out.copy_(self._load().reshape(-1, *sizes[lead + 1 :])[start:stop])
+            out.copy_(self._load().reshape(-1, *columns)[start:stop])
             return
-        row = math.prod(sizes[lead + 1 :]) * self._tensor.dtype.itemsize
+        row = math.prod(columns) * self._tensor.dtype.itemsize
         try:
             read_into(self.path, self._data_start + start * row, out)
         except OSError as error:
@@ -80,25 +82,28 @@ class Box:
         """
         try:
             with self._open() as window, zipfile.ZipFile(window) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("torch.save does not compress; few bytes could become very many")
                 names = {name.partition("/")[2]: name for name in archive.namelist()}
                 if archive.getinfo(names["data.pkl"]).file_size > _MAX_PICKLE:
                     return None
-                described = _Unpickler(io.BytesIO(archive.read(names["data.pkl"]))).load()
+                description = archive.read(names["data.pkl"])
+                check_pickle(description)
+                described = _Unpickler(io.BytesIO(description)).load()
                 order = archive.read(names["byteorder"]) if "byteorder" in names else b"little"
                 if not isinstance(described, _Described) or order != b"little":
                     return None
                 info = archive.getinfo(names[f"data/{described.storage_key}"])
                 header = _local_header(window, info)
-        except CheckpointError:
-            return None  # classes of other tensors; torch.load decides whether they can be
+        except (CheckpointError, zipfile.BadZipFile):
+            return None  # classes of other tensors, or torch's older format; torch.load decides what can be
         except Exception as error:  # a damaged archive or pickle raises almost anything
             raise self._damaged() from error
         sizes = self._chunk.sizes
         if described.sizes != sizes or described.dtype != self._tensor.dtype:
             raise self._not_as_described()
         nbytes = math.prod(sizes) * self._tensor.dtype.itemsize
-        plain = info.compress_type == zipfile.ZIP_STORED and described.offset == 0
-        if not plain or info.file_size != nbytes or not _contiguous(described.strides, sizes):
+        if described.offset or info.file_size != nbytes or not _contiguous(described.strides, sizes):
             return None
         start = info.header_offset + header
         if start + nbytes > self._chunk.length:
@@ -115,6 +120,18 @@ class Box:
         return CheckpointError(
             f"{self.path}: {self._shown()} at {self._chunk.offsets} is not what .metadata says of it"
         )
+
+
+def load_object(path: Path, start: int, length: int, *, what: str) -> Any:
+    """What torch.load with `weights_only` makes of an archive inside a file. Raises CheckpointError."""
+    try:
+        with io.BufferedReader(FileRange(path, start, length)) as archive:
+            return torch.load(archive, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged archives and refused pickles raise almost anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path} is damaged at {shown(what)} ({shown(reason)}); use another checkpoint"
+        ) from error
 
 
 def _local_header(window: io.BufferedReader, info: zipfile.ZipInfo) -> int:
@@ -167,11 +184,19 @@ def archive_around(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, b
     """What torch.save writes before and behind the data of a contiguous tensor, as torch.load wants it.
 
     The checksum of the data is left out, as torch.save itself can: torch does not look at it, and it stands
-    in front of the data, which could then not be written in one go.
+    in front of the data, which could then not be written in one go. Raises ModelError for a tensor that no
+    memory of this machine could hold.
     """
     sink = _Sink()
+    try:
+        blank = torch.empty(shape, dtype=dtype)  # of which no page is touched
+    except RuntimeError as error:
+        raise ModelError(
+            f"a weight of shape {list(shape)} takes {math.prod(shape) * dtype.itemsize / 1e9:.0f} GB, more "
+            f"than this machine could ever hold; the model is not what it says"
+        ) from error
     with _skipping_data, torch.serialization.skip_data():  # a switch of the whole process
-        torch.save(torch.empty(shape, dtype=dtype), cast(Any, sink))
+        torch.save(blank, cast(Any, sink))
     assert sink.skipped == math.prod(shape) * dtype.itemsize, (dtype, shape, sink.skipped)
     return bytes(sink.before), bytes(sink.behind)
 

@@ -5,7 +5,11 @@ The file is a pickle. The reader admits only the classes of the format and repla
 record, so that a pickle can build records, containers, numbers and strings, and nothing else.
 """
 
+import importlib
+import io
 import pickle
+import pickletools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +17,13 @@ from typing import Any
 
 import torch
 
-from converters.files import shown
 from engine.errors import CheckpointError
+from engine.storage.files import shown
 
 METADATA_FILE = ".metadata"
 
+_MAX_METADATA = 1_000_000_000
+"""Bytes; that of 100,000 boxes has 14 million."""
 _DCP = "torch.distributed.checkpoint."
 _CLASSES: Mapping[str, tuple[str, ...]] = {
     _DCP + "metadata": (
@@ -73,6 +79,14 @@ class DistBytes:
     length: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistMetadata:
+    """What a checkpoint holds, by key."""
+
+    tensors: dict[str, DistTensor]
+    objects: dict[str, DistBytes]
+
+
 class _Record:
     """Stands in for a class of the format: keeps the state that the pickle gives it and does nothing."""
 
@@ -99,17 +113,27 @@ class _Unpickler(pickle.Unpickler):
         raise CheckpointError(f"it names {shown(module)}.{shown(name)}, which has no place in a checkpoint")
 
 
-def read_metadata(path: Path) -> dict[str, DistTensor]:
-    """Every tensor of the checkpoint by key; byte objects (`_extra_state`, Megatron's common state) are left
-    out.
+def check_pickle(content: bytes) -> None:
+    """Raise ValueError for a pickle that numbers its objects, or counts its bytes, beyond its own size: five
+    bytes of it can make Python's unpickler reserve 64 GB.
+    """
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(content):
+            raise ValueError(f"object {argument} in a pickle of {len(content)} bytes")
+
+
+def read_metadata(path: Path) -> DistMetadata:
+    """Every tensor and object of the checkpoint by key.
 
     Raises CheckpointError if the file is unreadable, inconsistent, or holds anything but the format's
     classes.
     """
     try:
-        with open(path, "rb") as file:
-            root = _Unpickler(file).load()
-        return _tensors(root)
+        if path.stat().st_size > _MAX_METADATA:
+            raise CheckpointError(f"it has more than {_MAX_METADATA} bytes")
+        content = path.read_bytes()
+        check_pickle(content)
+        return _contents(_Unpickler(io.BytesIO(content)).load())
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}; do not use this checkpoint") from error
     except OSError as error:
@@ -120,16 +144,26 @@ def read_metadata(path: Path) -> dict[str, DistTensor]:
         ) from error
 
 
-def _tensors(root: Any) -> dict[str, DistTensor]:
+def _contents(root: Any) -> DistMetadata:
     places: dict[tuple[str, tuple[int, ...]], Any] = {}
+    objects: dict[str, Any] = {}
     for index, place in root.storage_data.items():
-        if getattr(index, "offset", None) is not None:  # byte objects have none
+        if getattr(index, "offset", None) is not None:
             places[index.fqn, index.offset] = place
-    result = {}
+        else:  # objects have none
+            objects[index.fqn] = place
+    found = DistMetadata(tensors={}, objects={})
     for key, entry in root.state_dict_metadata.items():
-        if type(entry).__name__ == "TensorStorageMetadata":
-            result[_text(key)] = _tensor(key, entry, places)
-    return result
+        kind = type(entry).__name__
+        if kind == "TensorStorageMetadata":
+            found.tensors[_text(key)] = _tensor(key, entry, places)
+        elif kind == "BytesStorageMetadata":
+            if key not in objects:
+                raise CheckpointError(f"the object {shown(key)} is in no file")
+            start, length = _sizes((objects[key].offset, objects[key].length), 2)
+            file = _text(objects[key].relative_path)
+            found.objects[_text(key)] = DistBytes(key=key, file=file, start=start, length=length)
+    return found
 
 
 def _tensor(key: str, entry: Any, places: Mapping[tuple[str, tuple[int, ...]], Any]) -> DistTensor:
@@ -157,7 +191,7 @@ def _sizes(value: Any, count: int) -> tuple[int, ...]:
     if (
         not isinstance(value, tuple)
         or len(value) != count
-        or any(type(item) is not int or item < 0 for item in value)
+        or any(type(item) is not int or not 0 <= item < 2**63 for item in value)
     ):
         raise CheckpointError(f"{shown(value)} is not a list of {count} sizes")
     return value
@@ -167,6 +201,15 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise CheckpointError(f"{shown(value)} is not a name")
     return value
+
+
+def prepare_to_write() -> None:
+    """Import on another thread what `write_metadata` needs: it takes a second, which passes while the data
+    are written.
+    """
+    names = ("torch.distributed.checkpoint.filesystem", "torch.distributed.checkpoint.metadata")
+    # No daemon: a command that ends early waits for it, instead of cutting an import short, with noise.
+    threading.Thread(target=lambda: [importlib.import_module(name) for name in names]).start()
 
 
 def write_metadata(path: Path, tensors: Sequence[DistTensor], objects: Sequence[DistBytes] = ()) -> None:

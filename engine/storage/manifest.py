@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -41,18 +41,19 @@ class Manifest:
     """The content of `braid-manifest.json`."""
 
     kind: str
-    """What the directory is, as "mcore" or "hf"."""
+    """What the directory is: "training", or what a conversion made, as "mcore" or "hf"."""
     created: str
     """UTC, ISO 8601."""
-    command: str
     versions: Mapping[str, str]
-    plan: str
-    """Digest of the plan that it was written by; the same source and options give the same."""
-    source: SourceEntry
-    tensors: Mapping[str, str]
-    """SHA-256 of each tensor that was read, by Hugging Face name, as it was stored."""
     files: Mapping[str, FileEntry]
     """By path within the directory, with slashes; all files but the manifest itself."""
+    command: str = ""
+    plan: str = ""
+    """Digest of the plan that a conversion was written by; the same source and options give the same."""
+    source: SourceEntry | None = None
+    """What a conversion read."""
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of each tensor that was read, by Hugging Face name, as it was stored."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,16 @@ class FileProblem:
     problem: Problem
     expected: str = ""
     found: str = ""
+
+    def line(self) -> str:
+        """For an error message, behind the file's name."""
+        if self.problem == "missing":
+            return "the file is missing"
+        if self.problem == "surplus":
+            return "the file does not belong here"
+        if self.problem == "size":
+            return f"the file has {self.found} bytes of {self.expected}"
+        return "the content is not what was written (its SHA-256 differs)"
 
 
 def model_digest(tensors: Mapping[str, tuple[str, Sequence[int], str]]) -> str:
@@ -120,7 +131,8 @@ def read_manifest(directory: Path) -> Manifest:
         if value.pop("format") != _FORMAT:
             raise CheckpointError(f"{path} has not the format {_FORMAT}; use the braid version that wrote it")
         files = {_inner(name): FileEntry(**entry) for name, entry in value.pop("files").items()}
-        return Manifest(files=files, source=SourceEntry(**value.pop("source")), **value)
+        source = value.pop("source")
+        return Manifest(files=files, source=SourceEntry(**source) if source else None, **value)
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory} has no {MANIFEST_FILE}; it was not written by braid, or its writing was interrupted"
@@ -138,8 +150,12 @@ def _inner(name: str) -> str:
     return name
 
 
-def check_manifest(directory: Path, manifest: Manifest, *, workers: int = 1) -> list[FileProblem]:
-    """Every file that is missing, surplus, or of another size or SHA-256; an empty list if all is well."""
+def check_manifest(
+    directory: Path, manifest: Manifest, *, workers: int = 1, hashes: bool = True
+) -> list[FileProblem]:
+    """Every file that is missing, surplus, of another size or, with `hashes`, SHA-256; empty if all
+    is well.
+    """
     found, problems, to_hash = set(files_below(directory)), [], []
     for name, entry in manifest.files.items():
         if name not in found:
@@ -148,7 +164,7 @@ def check_manifest(directory: Path, manifest: Manifest, *, workers: int = 1) -> 
             problems.append(
                 FileProblem(name=name, problem="size", expected=str(entry.bytes), found=str(size))
             )
-        else:
+        elif hashes:
             to_hash.append(name)
     for name, entry in hash_files(directory, to_hash, workers=workers).items():
         expected = manifest.files[name].sha256
@@ -156,3 +172,15 @@ def check_manifest(directory: Path, manifest: Manifest, *, workers: int = 1) -> 
             problems.append(FileProblem(name=name, problem="sha256", expected=expected, found=entry.sha256))
     problems += [FileProblem(name=name, problem="surplus") for name in sorted(found - manifest.files.keys())]
     return problems
+
+
+def check_share(directory: Path, rank: int, size: int) -> str | None:
+    """One rank's share of checking that every file is what was written: one line on what is not, or None."""
+    try:
+        manifest = read_manifest(directory)
+        names = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))[rank::size]
+        mine = replace(manifest, files={name: manifest.files[name] for name in names})
+        problems = [item for item in check_manifest(directory, mine) if item.problem != "surplus"]
+    except (CheckpointError, OSError) as error:
+        return f"{directory}: {error}"
+    return f"{directory / problems[0].name}: {problems[0].line()}" if problems else None

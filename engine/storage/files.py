@@ -1,6 +1,5 @@
-"""Files shared by every converter: safe names, byte ranges, room on the disk, companion files.
-
-Nothing here knows a checkpoint format.
+"""Files as every reader and writer of weights handles them: safe names, byte ranges, durability, room on the
+disk.
 """
 
 import errno
@@ -9,7 +8,6 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +15,6 @@ import torch
 from torch import Tensor
 
 from engine.errors import OutputError, UserError
-
-COMPANION_PATTERNS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "*.model",
-    "LICENSE",
-    "LICENSE.txt",
-    "LICENSE.md",
-    "NOTICE",
-)
-"""What travels beside the weights. Never weights, their index, Python files or pickles."""
 
 _MAX_SHOWN = 200
 
@@ -63,12 +42,13 @@ def inside(directory: Path, name: str, *, error: type[UserError]) -> Path:
     A symbolic link must stay inside the directory. The one exception is the Hugging Face hub cache, whose
     `snapshots/<revision>/<file>` are links to `blobs/<hash>` of the same repository.
     """
-    if not name or name in (".", "..") or any(c in name for c in "/\\\0") or Path(name).is_absolute():
+    # What cannot be printed (NUL, a line break, a lone surrogate) no file system or error message should get.
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
         raise error(
             f"{directory}: {shown(name)} is not a plain file name; files outside the directory are not read"
         )
     path, base = directory / name, directory.resolve()
-    if not path.exists():
+    if not os.path.exists(path):  # unlike Path.exists, no error where the name is too long
         raise error(f"{shown(path)} does not exist; the directory is incomplete, copy or download it again")
     target = path.resolve()
     blobs = base.parent.parent / "blobs"
@@ -168,24 +148,3 @@ def check_free_space(directory: Path, needed: int, *, what: str = "the output", 
             f"disk full: {directory} has {free / 1e9:.3f} GB free, {what} needs {needed / 1e9:.3f} GB; "
             f"make room{remedy}"
         )
-
-
-def companion_names(source_dir: Path) -> list[str]:
-    """Names of the files in `source_dir` that belong beside the weights, sorted."""
-    names = sorted(entry.name for entry in source_dir.iterdir())
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in COMPANION_PATTERNS)]
-
-
-def copy_companions(
-    source_dir: str | Path, target_dir: str | Path, *, error: type[UserError] = UserError
-) -> list[str]:
-    """Copy configuration, tokenizer, chat template and licence byte by byte; returns the names copied.
-
-    Raises `error` for a file that is a link out of `source_dir`.
-    """
-    source, target = Path(source_dir), Path(target_dir)
-    names = companion_names(source)
-    for name in names:
-        shutil.copyfile(inside(source, name, error=error), target / name)
-        fsync(target / name)
-    return names

@@ -1,0 +1,269 @@
+"""What the JSON files of a checkpoint say of it, read as files that may have come from anywhere.
+
+A file that is damaged is a problem of the checkpoint, and so is one that does not fit the others; what is not
+for Braid (another architecture, DoRA) is a note.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.hf.reader import MAX_JSON_BYTES
+from converters.inspection import (
+    AdapterSummary,
+    FileOnDisk,
+    ManifestSummary,
+    ModelSummary,
+    Problem,
+    StoredTensor,
+    layer_of,
+)
+from engine.errors import ModelError, UserError
+from engine.model.lora_spec import CONFIG_FILE as ADAPTER_CONFIG
+from engine.model.lora_spec import read_lora_config
+from engine.model.spec import ModelSpec, load_model_spec
+from engine.storage.files import and_more, shown
+from engine.storage.manifest import MANIFEST_FILE
+
+STATE_FILE = "trainer_state.json"
+"""As engine.training.resume calls it, a room that converters do not enter."""
+MANIFEST_FORMAT = 1
+LARGEST = 2**63
+"""Sizes from here on are nobody's: a description may claim any number, and Python refuses to print some."""
+
+_MAX_LAYERS, _MAX_WIDTH, _MAX_RANKS = 10_000, 2**40, 2**20
+"""Of models and runs; a model's table of weights is as long as it has layers."""
+_DEGREES = ("tp", "pp", "vpp", "cp", "dp")
+
+
+class Findings:
+    """Problems and notes, as they come up; each becomes one printable line."""
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.notes: list[str] = []
+
+    def problem(self, file: str, text: object) -> None:
+        """`file` is wrong, as `text` says."""
+        self.problems.append(Problem(file=file, text=one_line(text)))
+
+    def note(self, text: object) -> None:
+        """Something worth knowing."""
+        self.notes.append(one_line(text))
+
+    def try_to(self, file: str, check: Callable[[], object]) -> None:
+        """Run a check; the UserError that it raises is a problem of `file`."""
+        try:
+            check()
+        except UserError as error:
+            self.problem(file, error)
+
+
+def one_line(text: object) -> str:
+    """A text from a file as one printable line, however long."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def read_json(path: Path, found: Findings) -> dict[str, Any] | None:
+    """A JSON object; None and a problem if it is damaged."""
+    try:
+        if not path.is_file():  # a named pipe would block for ever
+            raise ValueError("it is no regular file")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {MAX_JSON_BYTES} bytes")
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        found.problem(path.name, f"{path} is not readable JSON ({shown(error)})")
+        return None
+    return value
+
+
+def _whole(value: Any) -> int | None:
+    """A size from a file, if it is one."""
+    return value if type(value) is int and 0 <= value < LARGEST else None
+
+
+def num_layers(tensors: Sequence[StoredTensor]) -> int:
+    """Layers that the weights among the tensors are of."""
+    counts = [0]
+    for tensor in tensors:
+        if tensor.content == "weights":
+            numbered = layer_of(tensor.name)
+            counts.append(tensor.layers or (0 if numbered is None else numbered[1] + 1))
+    return max(counts)
+
+
+def _elements(tensors: Sequence[StoredTensor]) -> int | None:
+    return sum(math.prod(tensor.shape) for tensor in tensors if tensor.content == "weights") or None
+
+
+def read_model(
+    config_dir: Path, tensors: Sequence[StoredTensor], found: Findings
+) -> tuple[ModelSummary | None, ModelSpec | None]:
+    """What `config.json` says, or the tensors where there is none; and the model, if Braid knows it."""
+    path = config_dir / "config.json"
+    config = read_json(path, found) if path.exists() else None
+    if config is None:
+        return _model_of_tensors(tensors), None
+    try:
+        spec = load_model_spec(config_dir)
+        sizes = (spec.hidden_size, spec.ffn_hidden_size, spec.vocab_size, spec.num_attention_heads)
+        if max(*sizes, spec.head_dim) > _MAX_WIDTH or spec.num_layers > _MAX_LAYERS:
+            raise ValueError("its sizes are no model's")
+    except ModelError as error:
+        found.note(error)
+        return _model_of_config(config, tensors), None
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        found.problem("config.json", f"{path} is malformed ({shown(error)})")
+        return _model_of_config(config, tensors), None
+    return ModelSummary(
+        described_by="config.json",
+        architecture=spec.architecture,
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_hidden_size,
+        num_attention_heads=spec.num_attention_heads,
+        num_query_groups=spec.num_query_groups,
+        head_dim=spec.head_dim,
+        vocab_size=spec.vocab_size,
+        tied_embeddings=spec.tied_embeddings,
+        parameters=spec.num_parameters(),
+    ), spec
+
+
+def _model_of_config(config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> ModelSummary:
+    """Of a model that Braid does not know, by the names that most configurations have."""
+    names, tied = config.get("architectures"), config.get("tie_word_embeddings")
+    return ModelSummary(
+        described_by="config.json",
+        architecture=str(names[0]) if isinstance(names, list) and names else None,
+        num_layers=_whole(config.get("num_hidden_layers")),
+        hidden_size=_whole(config.get("hidden_size")),
+        ffn_hidden_size=_whole(config.get("intermediate_size")),
+        num_attention_heads=_whole(config.get("num_attention_heads")),
+        num_query_groups=_whole(config.get("num_key_value_heads")),
+        head_dim=_whole(config.get("head_dim")),
+        vocab_size=_whole(config.get("vocab_size")),
+        tied_embeddings=tied if isinstance(tied, bool) else None,
+        parameters=_elements(tensors),
+    )
+
+
+def _model_of_tensors(tensors: Sequence[StoredTensor]) -> ModelSummary | None:
+    """By Megatron's names; heads cannot be told from shapes."""
+    weights = {
+        (layer_of(tensor.name) or (tensor.name,))[0].replace(".layers.*.", ".layers."): tensor.shape
+        for tensor in tensors
+        if tensor.content == "weights"
+    }
+    embedding = weights.get("embedding.word_embeddings.weight", ())
+    down = weights.get("decoder.layers.mlp.linear_fc2.weight", ())
+    if len(embedding) != 2 or len(down) < 2:
+        return None
+    return ModelSummary(
+        described_by="tensors",
+        num_layers=num_layers(tensors),
+        hidden_size=embedding[1],
+        ffn_hidden_size=down[-1],
+        vocab_size=embedding[0],
+        tied_embeddings="output_layer.weight" not in weights,
+        parameters=_elements(tensors),
+    )
+
+
+def read_adapter(config_dir: Path, found: Findings) -> AdapterSummary | None:
+    """What `adapter_config.json` says, if there is one."""
+    path = config_dir / ADAPTER_CONFIG
+    config = read_json(path, found) if path.exists() else None
+    if config is None:
+        return None
+    try:
+        read_lora_config(config_dir)
+    except ModelError as error:
+        found.note(error)
+    method, base, alpha = (
+        config.get(name) for name in ("peft_type", "base_model_name_or_path", "lora_alpha")
+    )
+    targets = config.get("target_modules")
+    names = targets if isinstance(targets, list) else [] if targets is None else [targets]
+    return AdapterSummary(
+        method=method if isinstance(method, str) else None,
+        rank=_whole(config.get("r")),
+        alpha=alpha if isinstance(alpha, float) and math.isfinite(alpha) else _whole(alpha),
+        target_modules=tuple(sorted(str(name) for name in names)),
+        base_model=base if isinstance(base, str) else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Where a run stood when it saved, and the degrees of its layout by `tp`, `pp`, `vpp`, `cp`, `dp`."""
+
+    step: int
+    total_steps: int | None
+    layout: dict[str, int]
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the run."""
+        return math.prod(self.layout[name] for name in ("tp", "pp", "cp", "dp"))
+
+
+def read_state(directory: Path, found: Findings) -> RunState | None:
+    """What `trainer_state.json` says, if there is one; None and a problem if it is not a run's."""
+    path = directory / STATE_FILE
+    value = read_json(path, found) if path.exists() else None
+    if value is None:
+        return None
+    step, degrees = _whole(value.get("step")), value.get("layout")
+    layout = {name: _whole(degrees.get(name)) or 0 for name in _DEGREES} if isinstance(degrees, dict) else {}
+    known = {name: degree for name, degree in layout.items() if 0 < degree <= _MAX_RANKS}
+    if step is None or len(known) != len(_DEGREES):
+        found.problem(STATE_FILE, f"{path} has no step or no layout of {', '.join(_DEGREES)}; it is damaged")
+        return None
+    state = RunState(step=step, total_steps=_whole(value.get("total_steps")), layout=known)
+    if state.ranks > _MAX_RANKS:
+        found.problem(STATE_FILE, f"{path} speaks of {state.ranks} ranks; it is damaged")
+        return None
+    return state
+
+
+def check_manifest(directory: Path, files: Sequence[FileOnDisk], found: Findings) -> ManifestSummary | None:
+    """What `braid-manifest.json` says, and whether every file of it is there and as long as it says."""
+    path = directory / MANIFEST_FILE
+    value = read_json(path, found) if path.exists() else None
+    if value is None:
+        return None
+    listed, source, versions = (value.get(name) or {} for name in ("files", "source", "versions"))
+    if value.get("format") != MANIFEST_FORMAT or not all(
+        isinstance(part, dict) for part in (listed, source, versions, *listed.values())
+    ):
+        found.problem(MANIFEST_FILE, f"{path} is damaged, or of another version of braid")
+        return None
+    known, sizes = {problem.file for problem in found.problems}, {file.name: file.bytes for file in files}
+    for name, entry in listed.items():
+        if name in known:
+            continue
+        if name not in sizes:
+            found.problem(name, f"{directory / name} is missing; {MANIFEST_FILE} lists it")
+        elif sizes[name] != entry.get("bytes"):
+            said = shown(entry.get("bytes"))
+            found.problem(name, f"{directory / name} has {sizes[name]} bytes, {MANIFEST_FILE} says {said}")
+    if new := [name for name in sizes if name not in listed and name != MANIFEST_FILE]:
+        found.note(f"{new[0]}{and_more(new)} is not in {MANIFEST_FILE}")
+    tensors = value.get("tensors")
+    return ManifestSummary(
+        kind=str(value.get("kind")),
+        created=str(value.get("created")),
+        command=str(value.get("command") or ""),
+        versions={name: str(version) for name, version in versions.items()},
+        source_path=None if not source else str(source.get("path")),
+        source_sha256=None if not source else str(source.get("sha256")),
+        tensors=len(tensors) if isinstance(tensors, dict) else 0,
+        files=len(listed),
+    )
