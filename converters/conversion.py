@@ -1,16 +1,12 @@
 """A conversion of any kind: what is read, which files it becomes, and carrying that out."""
 
 import hashlib
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
-
-import torch
 
 from converters.source import Source
 from converters.stage import clear_leftovers, staged_directory, wait_for
@@ -32,6 +28,7 @@ from engine.storage.manifest import (
     hash_files,
     model_digest,
     read_manifest,
+    versions_of,
     write_manifest,
 )
 
@@ -143,11 +140,7 @@ def _recorded(stage: Path, file: OutputFile) -> FileRecord:
 
 
 def _versions() -> dict[str, str]:
-    return {
-        "braid": metadata.version("braid"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    return versions_of(("braid", "torch"))
 
 
 def _manifest(

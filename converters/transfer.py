@@ -24,7 +24,6 @@ from engine.storage.files import bytes_of, fsync
 
 RECORDS_DIR = ".records"
 DEFAULT_MEMORY = 256_000_000
-MIN_MEMORY = 4_000_000
 
 _MAX_BLOCK = 4_000_000
 _BUFFERS = 3

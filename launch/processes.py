@@ -202,6 +202,13 @@ def command_began() -> float:
     return float(os.environ.get(_STARTED) or time.monotonic())
 
 
+def attempt_began() -> float:
+    """The same of this attempt: a rank that was started again counts from its own start."""
+    if restart_count() == 0:
+        return command_began()
+    return time.monotonic() - (time.time() - psutil.Process().create_time())
+
+
 def start_processes(options: LaunchOptions, world: World, argv: Sequence[str], *, began: float) -> int:
     """Start this node's ranks with torch's elastic agent and wait for them. Returns the exit code of the run;
     `began` is the time.monotonic() of the command's start.

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from engine.config.options import SftConfig
 from engine.config.parse import flatten, help_text, parse
 from engine.errors import CheckpointError, ConfigError, OutputError
+from engine.training.startup import Startup
 from launch.batching import describe, evaluation_loader, training_loader
 from launch.blueprint import Blueprint, check_files, draw
 from launch.disk import full_disk_named
 from launch.processes import (
     World,
+    attempt_began,
     find_world,
     give_up,
     launch_environment,
@@ -79,6 +81,8 @@ def _worker(config: SftConfig, world: World, place: list[str]) -> None:
     """One rank's whole run. `place` receives the rank's grid coordinates once they are known, for error
     messages.
     """
+    startup = Startup(attempt_began())
+    startup.mark("launch")
     blueprint = draw(config, world)
     open_world(world)
     if world.rank == 0:
@@ -92,7 +96,9 @@ def _worker(config: SftConfig, world: World, place: list[str]) -> None:
         transformer_impl=options.transformer_impl,
         local_rank=world.local_rank,
     )
+    startup.mark("imports")
     data = prepare_here(blueprint, world)
+    startup.mark("data")
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -107,11 +113,14 @@ def _worker(config: SftConfig, world: World, place: list[str]) -> None:
     groups = mcore.initialize(
         blueprint.layout, platform, seed=config.run.seed, deterministic=config.run.deterministic
     )
+    startup.mark("process groups")
     blueprint = settle_resume(blueprint, world)
+    startup.mark("checkpoint")
     data = share_data(data, blueprint)
+    startup.mark("data")
     with full_disk_named(blueprint.output_dir):
         hung = partial(give_up, world, place[0])
-        last = train(blueprint, platform, groups, data, hung)
+        last = train(blueprint, platform, groups, data, hung, startup)
         if world.rank == 0:
             _export(last, blueprint, data)
     dist.barrier()
@@ -152,6 +161,7 @@ def train(
     groups: "Groups",
     data: "PreparedData",
     hung: Callable[[str], None],
+    startup: Startup | None = None,
 ) -> Path:
     """Put the run together and train; returns the last checkpoint. `hung` ends a process that is stuck."""
     from engine.data.stream import StreamLoader
@@ -168,6 +178,8 @@ def train(
     load_weights(chunks, blueprint, groups)
     models = wrap_data_parallel(chunks, config.optimizer, groups)
     optimizer = build_optimizer(models, config.optimizer, groups, platform.dtype)
+    if startup is not None:
+        startup.mark("model")
     trainer = Trainer(
         config=config,
         flops_per_token=partial(
@@ -183,6 +195,7 @@ def train(
         output_dir=blueprint.output_dir,
         add_companions=_companions(blueprint),
         started=blueprint.started,
+        startup=startup,
         give_up=hung,
         stop_signals=stop_signals(),
         export=partial(export_beside, blueprint.output_dir, blueprint.lora is not None),

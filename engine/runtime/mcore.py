@@ -9,7 +9,6 @@ import dataclasses
 import gc
 import logging
 import os
-import queue
 from collections.abc import Iterator
 from typing import Any
 
@@ -178,50 +177,6 @@ def adapt_megatron(platform: Platform) -> None:
         optimizer.Adam = distributed_optimizer.Adam = FusedAdamW
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_TE_OPTIMIZER = True
-
-    _save_in_process()
-
-
-def _save_in_process() -> None:
-    """Let the checkpoint writer write in this process.
-
-    Megatron hands its results through a manager process that it spawns (which imports the program again, and
-    outlives a rank that is killed), and 0.16.1 forks a process per file from one that runs gloo's threads.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._results_queue = queue.Queue()
-    writer = filesystem_async.FileSystemWriterAsync
-    if hasattr(writer, "write_preloaded_data_multiproc"):
-        writer.write_preloaded_data_multiproc = staticmethod(_write_buckets)
-
-
-def _write_buckets(transforms: Any, use_msc: bool, rank: int, buckets: list[Any], results_queue: Any) -> None:
-    """Stands for 0.16.1's write_preloaded_data_multiproc: one file after another; hands on results or the
-    exception.
-    """
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
-    results: dict[int, Any] | Exception = {}
-    for index, bucket in enumerate(buckets):
-        local_results: queue.Queue[Any] = queue.Queue()
-        to_count: queue.Queue[int] = queue.Queue()
-        to_count.put(index)
-        FileSystemWriterAsync.write_preloaded_data(
-            transforms,
-            local_proc_idx=index,
-            write_bucket=bucket,
-            results_queue=local_results,
-            count_queue=to_count,
-            use_fsync=True,
-        )
-        _, result = local_results.get()
-        if isinstance(result, Exception):
-            results = result
-            break
-        assert isinstance(results, dict)
-        results[index] = result
-    results_queue.put(results)
 
 
 def known_fields(config_class: type, values: dict[str, Any]) -> dict[str, Any]:

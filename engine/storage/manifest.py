@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +76,17 @@ class FileProblem:
         if self.problem == "size":
             return f"the file has {self.found} bytes of {self.expected}"
         return "the content is not what was written (its SHA-256 differs)"
+
+
+def versions_of(packages: Sequence[str]) -> dict[str, str]:
+    """Versions of Python and of installed packages; "unknown" for what is there but not installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "unknown"
+    return found
 
 
 def model_digest(tensors: Mapping[str, tuple[str, Sequence[int], str]]) -> str:

@@ -11,13 +11,11 @@ tell rank 0 through files what they have written; a thread there completes the c
 import dataclasses
 import json
 import os
-import platform
 import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from megatron.core.distributed import DistributedDataParallel
 from engine.model.lora import adapter_state
 from engine.runtime import mcore
 from engine.storage.files import dtype_name, fsync, write_json
-from engine.storage.manifest import FileEntry, Manifest, files_below, hash_files, write_manifest
+from engine.storage.manifest import FileEntry, Manifest, files_below, hash_files, versions_of, write_manifest
 from engine.storage.metadata import (
     METADATA_FILE,
     DistBytes,
@@ -238,11 +236,10 @@ def _from_json(entry: dict[str, Any]) -> DistTensor:
 
 
 def _manifest(files: dict[str, FileEntry]) -> Manifest:
-    versions = {name: metadata.version(name) for name in ("braid", "torch", "megatron-core")}
     return Manifest(
         kind="training",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=versions | {"python": platform.python_version()},
+        versions=versions_of(("braid", "torch", "megatron-core")),
         files=dict(sorted(files.items())),
     )
 

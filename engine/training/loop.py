@@ -25,6 +25,7 @@ from engine.training.metrics import MetricsLog, Throughput
 from engine.training.optimizer import set_learning_rate
 from engine.training.resume import TrainerState
 from engine.training.schedule import LearningRate
+from engine.training.startup import Startup
 from engine.training.step import StepResult, StepTotals, evaluate, global_totals, train_step
 from engine.training.watch import (
     STOP_SIGNALS,
@@ -58,6 +59,9 @@ class Trainer:
     started: float
     """time.monotonic() at the start of the program."""
 
+    startup: Startup | None = None
+    """Times the start; its line is shown after the first step."""
+
     give_up: Callable[[str], None] = exit_at_once
     """Ends this process with a message when the run stands still."""
 
@@ -79,6 +83,8 @@ class Trainer:
             if not run.force_resume:
                 TrainerState.read(resume).check_same_run(state, resume)
             state = load_checkpoint(resume, self.models, self.optimizer, self.groups)
+            if self.startup is not None:
+                self.startup.mark("checkpoint")
         first = self.groups.rank == 0
         with contextlib.ExitStack() as stack:
             tools = _Tools(
@@ -140,6 +146,9 @@ class Trainer:
             waited += batch.wait_s
             speed.add(totals)
             tools.display.advance(step)
+            if self.startup is not None and step == state.step + 1:
+                self.startup.mark("step")
+                tools.display.line(self.startup.line())
             if step % run.logging_steps == 0 or step in (1, plan.total_steps):
                 record = {
                     "step": step,

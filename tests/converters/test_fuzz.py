@@ -394,6 +394,7 @@ def metadata(draw: st.DrawFn, content: bytes) -> bytes:
                 tensor.properties = replace(tensor.properties, dtype=dtype)
             case "odd":
                 setattr(tensor, draw(st.sampled_from(("size", "chunks"))), draw(odd))
+                break
             case "key":
                 value.state_dict_metadata[draw(st.one_of(words, st.integers()))] = tensor
     return pickle.dumps(value)

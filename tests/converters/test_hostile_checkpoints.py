@@ -284,7 +284,7 @@ CHECKPOINTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "file of several lines": (metadata(placed(relative_path="a\nb")), (NOT_PLAIN,)),
     "file that is a link": (lambda c: link_out(c / "__0_0.distcp"), ("__0_0.distcp", "is a link to")),
     "file that is truncated": (lambda c: os.truncate(c / "__0_0.distcp", 200), ("__0_0.distcp", "truncated")),
-    "places beyond the file": (metadata(placed(offset=2**62, length=2**62)), ("__0_0.distcp", "truncated")),
+    "places beyond the file": (metadata(placed(offset=2**62, length=2**62)), (".distcp is truncated",)),
     "a dtype of no weights": (metadata(of_dtype(torch.int64)), ("linear_fc1.weight has dtype int64",)),
     "a dtype of fp8": (metadata(of_dtype(torch.float8_e4m3fn)), ("has dtype float8_e4m3fn",)),
     "another dtype": (metadata(of_dtype(torch.float64)), ("is not what .metadata says of it",)),

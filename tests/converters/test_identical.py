@@ -1,5 +1,5 @@
-"""What goes in comes out, file by file: weights, index, configuration, tokenizer, licence; whoever wrote them,
-and through checkpoints of real runs.
+"""What goes in comes out, file by file: weights, index, configuration, tokenizer, licence; whoever wrote
+them, and through the checkpoint of a real run.
 """
 
 import json
@@ -169,7 +169,7 @@ SPLITS: dict[str, tuple[Callable[[str], str], Callable[[dict[str, str]], str]]] 
     "total_parameters, line ends of Windows": (
         lambda name: f"model-{1 + ('mlp' in name):05}-of-00002.safetensors",
         lambda places: json.dumps(
-            {"metadata": {"total_parameters": 7, "total_size": 9, "x": [None]}, "weight_map": places}, indent=1
+            {"metadata": {"total_parameters": 7, "x": [None]}, "weight_map": places}, indent=1
         ).replace("\n", "\r\n"),
     ),
 }  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from converters import conversion, files
+from converters import conversion
 from converters.conversion import carry_out
 from converters.convert import plan_to_hf, to_hf, to_mcore
 from converters.mcore import layout
@@ -24,6 +24,7 @@ from converters.mcore.reader import McoreSource
 from converters.stage import staged_directory
 from converters.transfer import RECORDS_DIR, Crew, TransferOptions
 from engine.errors import ModelError, OutputError
+from engine.storage import files
 from engine.storage.manifest import MANIFEST_FILE
 from tests.launch.runs import everything_in
 
