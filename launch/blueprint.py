@@ -160,10 +160,15 @@ def _check_ranges(config: SftConfig) -> None:
     values = flatten(config)
     if values["max_steps"] is not None and values["max_steps"] < 0:
         raise ConfigError(f"max_steps must not be negative, not {values['max_steps']}")
-    for name in ("logging_steps", "save_steps", "eval_steps", "save_total_limit"):
+    for name in ("logging_steps", "save_steps", "eval_steps", "save_total_limit", "export_steps"):
         if values[name] is not None and values[name] < 1:
             raise ConfigError(f"{name} must be at least 1, not {values[name]}")
-    for name in ("learning_rate", "min_lr", "weight_decay", "max_grad_norm"):
+    every, saves = values["export_steps"], values["save_steps"]
+    if every is not None and (saves is None or every % saves):
+        raise ConfigError(f"export_steps {every} must be a multiple of save_steps, not {saves}")
+    if values["loss_spike_factor"] is not None and values["loss_spike_factor"] <= 1:
+        raise ConfigError(f"loss_spike_factor must be above 1, not {values['loss_spike_factor']}")
+    for name in ("learning_rate", "min_lr", "weight_decay", "max_grad_norm", "hang_timeout"):
         if values[name] is not None and values[name] < 0:
             raise ConfigError(f"{name} must not be negative, not {values[name]}")
     for name in ("num_train_epochs", "adam_epsilon"):

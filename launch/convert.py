@@ -287,7 +287,12 @@ def _dtype(output: OutputOptions) -> Any:
 
 
 def _shard_size(output: OutputOptions) -> int | None:
-    return None if output.max_shard_size is None else _bytes("max_shard_size", output.max_shard_size)
+    if output.max_shard_size is None:
+        return None
+    size = _bytes("max_shard_size", output.max_shard_size)
+    if size < 1:
+        raise ConfigError(f"max_shard_size must be a positive number of bytes, not {output.max_shard_size}")
+    return size
 
 
 def _bytes(name: str, text: str) -> int:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch.utils._device import _device_constructors
 
 from engine.errors import ConfigError
 
@@ -145,7 +146,7 @@ class _NoStream:
 def install_cpu() -> None:
     """Redirect the CUDA names in torch to the CPU; idempotent. Call before importing megatron."""
     # `with torch.device("meta")` knows the factory functions by identity, from its first use on.
-    torch.utils._device._device_constructors()
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):

@@ -179,20 +179,22 @@ def main(fd: int, parent: int) -> None:
     with suppress(OSError):
         os.nice(5)
     for line in sys.stdin.buffer:
-        job = json.loads(line)
-        answer = _carry_out(job, fd)
-        if job["record"] is not None:
-            _write_record(Path(job["record"]), answer)
+        answer = _carry_out(json.loads(line), fd)
         sys.stdout.buffer.write(answer + b"\n")
         sys.stdout.buffer.flush()
 
 
 def _carry_out(job: dict[str, Any], fd: int) -> bytes:
+    record = Path(job["record"]) if job["record"] is not None else None
     try:
         size = os.fstat(fd).st_size
-        with mmap.mmap(fd, size, access=mmap.ACCESS_READ) if size else memoryview(b"") as memory:
-            files = {Path(file["path"]).name: _write(file, memory) for file in job["files"]}
-        return json.dumps({"files": files}).encode()
+        # Not closed but let go: an error that passes here still holds views of it.
+        memory = mmap.mmap(fd, size, access=mmap.ACCESS_READ) if size else memoryview(b"")
+        files = {Path(file["path"]).name: _write(file, memory) for file in job["files"]}
+        answer = json.dumps({"files": files}).encode()
+        if record is not None:
+            _write_record(record, answer)
+        return answer
     except OSError as error:
         place = error.filename or Path(job["files"][0]["path"]).parent
         message = f"{place} cannot be written: {error.strerror}"
@@ -201,7 +203,11 @@ def _carry_out(job: dict[str, Any], fd: int) -> bytes:
                 f"disk full while writing {place}; make room or lower save_total_limit, then go on with "
                 f"--resume_from_checkpoint auto"
             )
-        return json.dumps({"error": message}).encode()
+        answer = json.dumps({"error": message}).encode()
+        if record is not None:
+            with suppress(OSError):  # the program learns it from the answer all the same
+                _write_record(record, answer)
+        return answer
 
 
 def _write(file: dict[str, Any], memory: mmap.mmap | memoryview) -> dict[str, int | str]:

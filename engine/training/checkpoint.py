@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 
+from engine.errors import OutputError
 from engine.model.lora import adapter_state
 from engine.runtime import mcore
 from engine.storage.files import dtype_name, fsync, write_json
@@ -84,6 +85,7 @@ class CheckpointSaver:
         self._finisher: threading.Thread | None = None
         self._export, self._export_steps = export, export_steps
         self._exports: dict[Path, threading.Thread] = {}
+        self._closing = threading.Event()
         self._error: BaseException | None = None
         self.blocked_s = 0.0
         """Seconds for which the last save kept the step waiting."""
@@ -143,8 +145,11 @@ class CheckpointSaver:
         self.poll()
 
     def close(self) -> None:
-        """End the writing process. A save that is not complete is lost."""
+        """End the writing process. A save that is not complete is lost, and leaves nothing."""
+        self._closing.set()
         self._writer.close()
+        if self._finisher is not None:
+            self._finisher.join()
 
     def _write(self, shards: Shards, partial: Path) -> None:
         """Hand this rank's part to the writer: at once if it fits into memory beside training, otherwise in
@@ -213,7 +218,8 @@ class CheckpointSaver:
         for rank in range(self._groups.layout.world_size):
             path = records / str(rank)
             while not path.exists():
-                time.sleep(_POLL_SECONDS)
+                if self._closing.wait(_POLL_SECONDS):
+                    raise OutputError(f"the run ended before rank {rank} had written its part")
             files |= read_answer(path.read_bytes())
             table = json.loads((records / f"{rank}.table").read_text(encoding="utf-8"))
             tensors += [_from_json(entry) for entry in table["tensors"]]

@@ -81,7 +81,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_can_go_on(
 
 
 def test_ranks_are_started_again_and_go_on(tiny_model: Path, cache: Path, tmp_path: Path) -> None:
-    command, out = words(tiny_model, tmp_path, "--max_steps", "40", "--max_restarts", "2"), tmp_path / "out"
+    command, out = words(tiny_model, tmp_path, "--max_steps", "14", "--max_restarts", "2"), tmp_path / "out"
     process = start([*command, "--nproc_per_node", "2"], cache)
     wait_for_step(process, out, 2)
     ranks = [
@@ -95,7 +95,7 @@ def test_ranks_are_started_again_and_go_on(tiny_model: Path, cache: Path, tmp_pa
     assert process.returncode == 0, stderr
     assert "restart 1 after" in stderr
     assert stdout.count("resuming from") == 1
-    assert [record["step"] for record in read_jsonl(out / "metrics.jsonl")] == list(range(1, 41))
+    assert [record["step"] for record in read_jsonl(out / "metrics.jsonl")] == list(range(1, 15))
     assert (out / "hf" / "model.safetensors").is_file()
 
 
