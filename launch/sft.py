@@ -105,10 +105,13 @@ def _worker(config: SftConfig, world: World, place: list[str]) -> None:
 
     from engine.runtime import mcore
 
-    # A process of its own has nobody to meet, so it needs neither an address nor a port.
-    alone: dict[str, Any] = {} if world.started else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    timeout = timedelta(minutes=_DISTRIBUTED_TIMEOUT_MINUTES)
-    dist.init_process_group(platform.backend, timeout=timeout, **alone)
+    dist.init_process_group(
+        platform.backend,
+        store=meeting_place(world),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(minutes=_DISTRIBUTED_TIMEOUT_MINUTES),
+    )
     place.append(str(blueprint.layout.place(world.rank)))
     groups = mcore.initialize(
         blueprint.layout, platform, seed=config.run.seed, deterministic=config.run.deterministic
@@ -126,6 +129,19 @@ def _worker(config: SftConfig, world: World, place: list[str]) -> None:
     dist.barrier()
     mcore.destroy()
     dist.destroy_process_group()
+
+
+def meeting_place(world: World) -> Any:
+    """The store through which ranks find one another. A process of its own has nobody to meet, and needs
+    neither an address nor a port.
+    """
+    import torch.distributed as dist
+
+    if not world.started:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://"))
+    # The agent's store outlives an attempt: what dead ranks left in it must not be found by new ones.
+    return dist.PrefixStore(f"attempt-{restart_count()}", store)
 
 
 def prepare_here(blueprint: Blueprint, world: World) -> "PreparedData | None":
