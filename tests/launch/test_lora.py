@@ -45,6 +45,7 @@ def test_a_run_leaves_an_adapter_and_nothing_of_the_base(
     assert {path.name for path in (trained.out / "adapter").iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "braid-manifest.json",
     }
     stored = sum(path.stat().st_size for path in (trained.out / "checkpoint-3").glob("*.distcp"))
     assert stored < (tiny_model / "model.safetensors").stat().st_size, "the checkpoint holds the base"

@@ -361,7 +361,7 @@ def test_a_file_that_cannot_be_read(
     verify: Verify, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Root may read everything, so the disk fails by hand."""
-    from engine.runtime import manifest
+    from engine.storage import manifest
 
     def fail(path: Path) -> Any:
         raise OSError(5, "Input/output error", str(path))
