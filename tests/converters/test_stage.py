@@ -244,7 +244,7 @@ def test_killed_and_continued_towards_megatron(
 def test_interrupted_and_continued(checkpoint: Path, tmp_path: Path) -> None:
     """Ctrl-C ends the command with code 130, between two blocks, and keeps what is finished."""
     out = tmp_path / "out"
-    with slowed_down(hf_words(checkpoint, out), output=str(out), slow_after=1, pause=0.3) as process:
+    with slowed_down(hf_words(checkpoint, out), output=str(out), slow_after=1, pause=3.0) as process:
         process.send_signal(signal.SIGINT)
         stderr = process.communicate()[1]
         assert (process.returncode, stderr) == (130, "braid convert: interrupted\n")
