@@ -36,7 +36,8 @@ from engine.model.lora_spec import (
     saved_name,
 )
 from engine.model.spec import ModelSpec, load_model_spec
-from engine.storage.files import dtype_name, fsync, inside
+from engine.storage.durable import fsync
+from engine.storage.files import dtype_name, inside
 from engine.storage.reader import check_files
 
 ADAPTER_FILE = "adapter_model.safetensors"

@@ -5,7 +5,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.storage.files import fsync, inside
+from engine.storage.durable import fsync
+from engine.storage.files import inside
 
 COMPANION_PATTERNS = (
     "config.json",

@@ -4,7 +4,6 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +18,7 @@ from converters.transfer import (
     read_record,
     write_files,
 )
+from engine.errors import CheckpointError
 from engine.storage.files import check_free_space, dtype_name
 from engine.storage.manifest import (
     FileEntry,
@@ -129,7 +129,7 @@ def _is_done(target: Path, plan: str) -> bool:
     """Whether rank 0 has finished already, on the word that this rank left in an earlier start of the job."""
     try:
         return read_manifest(target).plan == plan
-    except Exception:
+    except CheckpointError:
         return False
 
 
@@ -155,7 +155,6 @@ def _manifest(
     others = [n for n in files_below(stage) if n not in files and not n.startswith(f"{RECORDS_DIR}/")]
     return Manifest(
         kind=conversion.kind,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=command,
         versions=_versions(),
         plan=plan,

@@ -33,13 +33,12 @@ from converters.mcore.companions import (
 )
 from converters.mcore.frame import write_frame
 from converters.mcore.layout import plan_checkpoint
-from converters.mcore.reader import DistReader, McoreSource, check_checkpoint, stacked_key
+from converters.mcore.reader import DistReader, checked_source, stacked_key
 from converters.source import Source
 from converters.transfer import OutputFile, TransferOptions, whole_tensor
 from engine.errors import CheckpointError
 from engine.model.spec import load_model_spec
 from engine.storage.files import dtype_name, write_json
-from engine.storage.reader import check_files
 
 
 def to_mcore(
@@ -117,9 +116,7 @@ def plan_to_hf(
     reader, info = DistReader(checkpoint_dir), read_source_info(checkpoint_dir)
     companions = reader.directory / COMPANIONS_DIR
     weights = weight_map(load_model_spec(companions))
-    check_checkpoint(reader, weights)
-    check_files(reader)
-    source = McoreSource(reader, weights)
+    source = checked_source(reader, weights)
     plan = _hf_tensors(source, weights, info, dtype)
     layout = hf_layout(kept_layout(reader.directory), plan, max_shard_size)
 

@@ -21,16 +21,13 @@ from converters.inspection import (
     StoredTensor,
     layer_of,
 )
-from engine.errors import ModelError, UserError
+from engine.errors import CheckpointError, ModelError, UserError
 from engine.model.lora_spec import CONFIG_FILE as ADAPTER_CONFIG
 from engine.model.lora_spec import read_lora_config
 from engine.model.spec import ModelSpec, load_model_spec
 from engine.storage.files import and_more, shown
-from engine.storage.manifest import MANIFEST_FILE
+from engine.storage.manifest import MANIFEST_FILE, STATE_FILE, check_manifest, read_manifest
 
-STATE_FILE = "trainer_state.json"
-"""As engine.training.resume calls it, a room that converters do not enter."""
-MANIFEST_FORMAT = 1
 LARGEST = 2**63
 """Sizes from here on are nobody's: a description may claim any number, and Python refuses to print some."""
 
@@ -233,37 +230,37 @@ def read_state(directory: Path, found: Findings) -> RunState | None:
     return state
 
 
-def check_manifest(directory: Path, files: Sequence[FileOnDisk], found: Findings) -> ManifestSummary | None:
+def check_listed(directory: Path, files: Sequence[FileOnDisk], found: Findings) -> ManifestSummary | None:
     """What `braid-manifest.json` says, and whether every file of it is there and as long as it says."""
-    path = directory / MANIFEST_FILE
-    value = read_json(path, found) if path.exists() else None
-    if value is None:
+    if not (directory / MANIFEST_FILE).exists():
         return None
-    listed, source, versions = (value.get(name) or {} for name in ("files", "source", "versions"))
-    if value.get("format") != MANIFEST_FORMAT or not all(
-        isinstance(part, dict) for part in (listed, source, versions, *listed.values())
-    ):
-        found.problem(MANIFEST_FILE, f"{path} is damaged, or of another version of braid")
+    try:
+        manifest = read_manifest(directory)
+    except CheckpointError as error:
+        found.problem(MANIFEST_FILE, error)
         return None
-    known, sizes = {problem.file for problem in found.problems}, {file.name: file.bytes for file in files}
-    for name, entry in listed.items():
-        if name in known:
+    known, names = {problem.file for problem in found.problems}, {file.name for file in files}
+    new: list[str] = []
+    for item in check_manifest(directory, manifest, hashes=False):
+        place = directory / item.name
+        if item.problem == "surplus":
+            new += [item.name] if item.name in names else []
+        elif item.name in known:
             continue
-        if name not in sizes:
-            found.problem(name, f"{directory / name} is missing; {MANIFEST_FILE} lists it")
-        elif sizes[name] != entry.get("bytes"):
-            said = shown(entry.get("bytes"))
-            found.problem(name, f"{directory / name} has {sizes[name]} bytes, {MANIFEST_FILE} says {said}")
-    if new := [name for name in sizes if name not in listed and name != MANIFEST_FILE]:
+        elif item.problem == "missing":
+            found.problem(item.name, f"{place} is missing; {MANIFEST_FILE} lists it")
+        else:
+            found.problem(item.name, f"{place} has {item.found} bytes, {MANIFEST_FILE} says {item.expected}")
+    if new:
         found.note(f"{new[0]}{and_more(new)} is not in {MANIFEST_FILE}")
-    tensors = value.get("tensors")
+    source = manifest.source
     return ManifestSummary(
-        kind=str(value.get("kind")),
-        created=str(value.get("created")),
-        command=str(value.get("command") or ""),
-        versions={name: str(version) for name, version in versions.items()},
-        source_path=None if not source else str(source.get("path")),
-        source_sha256=None if not source else str(source.get("sha256")),
-        tensors=len(tensors) if isinstance(tensors, dict) else 0,
-        files=len(listed),
+        kind=manifest.kind,
+        created=manifest.created,
+        command=manifest.command,
+        versions=dict(manifest.versions),
+        source_path=None if source is None else source.path,
+        source_sha256=None if source is None else source.sha256,
+        tensors=len(manifest.tensors),
+        files=len(manifest.files),
     )

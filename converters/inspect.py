@@ -17,9 +17,8 @@ from typing import Any
 from converters.adapter import ADAPTER_FILE, check_adapter_checkpoint, holds_adapter
 from converters.descriptions import (
     LARGEST,
-    STATE_FILE,
     Findings,
-    check_manifest,
+    check_listed,
     num_layers,
     read_adapter,
     read_json,
@@ -30,10 +29,10 @@ from converters.hf.reader import (
     DTYPES,
     INDEX_FILE,
     LM_HEAD,
-    MAX_JSON_BYTES,
     SINGLE_FILE,
     HfReader,
     TensorInfo,
+    header_bytes,
     parse_header,
     read_header,
 )
@@ -56,7 +55,7 @@ from engine.model.lora_spec import CHECKPOINT_PREFIX
 from engine.model.lora_spec import CONFIG_FILE as ADAPTER_CONFIG
 from engine.model.spec import ModelSpec
 from engine.storage.files import and_more, dtype_name, inside, shown
-from engine.storage.manifest import MANIFEST_FILE, files_below
+from engine.storage.manifest import MANIFEST_FILE, STATE_FILE, files_below
 from engine.storage.metadata import METADATA_FILE, DistTensor
 from engine.storage.reader import is_dist_checkpoint
 
@@ -129,7 +128,7 @@ def _inspection(
     """What every format has, and `others`."""
     files, step = _files(directory, found), _step_in_name(directory)
     of_name = {"step": step, "step_source": None if step is None else "directory name", "total_steps": None}
-    manifest = check_manifest(directory, files, found)
+    manifest = check_listed(directory, files, found)
     return Inspection(
         path=str(directory),
         kind=kind,
@@ -252,7 +251,7 @@ def _check_data_files(reader: DistReader, ranks: int, found: Findings) -> None:
                 name, f"{reader.directory / name} is cut off: it has {size} bytes, its boxes reach to {end}"
             )
     for path in sorted(reader.directory.glob("*.distcp")):
-        # Behind the last tensor there may be objects, of which no length is known, but archives they are.
+        # Behind the last tensor there may be objects, which are archives, too.
         if path.is_file() and (path.name not in ends or path.stat().st_size > ends[path.name]):
             with open(path, "rb") as file:
                 file.seek(max(0, path.stat().st_size - _END_BYTES))
@@ -336,7 +335,7 @@ def _headers(directory: Path, single: str, found: Findings) -> list[TensorInfo]:
         except ModelError as error:
             found.problem(name, error)
             with suppress(ModelError):
-                infos += parse_header(path, _header(path), size=None).values()
+                infos += parse_header(path, header_bytes(path), size=None).values()
     if not infos:
         raise first
     if not found.problems:
@@ -355,12 +354,6 @@ def _weight_files(directory: Path, single: str, found: Findings) -> Mapping[str,
     if not found.problems:
         found.problem(INDEX_FILE, f"{directory} has no {INDEX_FILE} that lists its files; download it again")
     return {path.name: 0 for path in sorted(directory.glob("*.safetensors"))}
-
-
-def _header(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        length = file.read(8)
-        return length + file.read(min(int.from_bytes(length, "little"), MAX_JSON_BYTES))
 
 
 def _hf_tensor(info: TensorInfo, kind: Kind) -> StoredTensor:

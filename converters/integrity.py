@@ -1,6 +1,5 @@
 """Is a directory what its manifest says: every file as it was written, and made from a given model?"""
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -143,8 +142,7 @@ def _origin(model_dir: Path, manifest: Manifest, workers: int) -> Origin:
     names = list(hf_tensors(model.weights))
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
         found = dict(zip(names, pool.map(partial(stored_tensor, model.source), names), strict=True))
-    recorded = manifest.tensors if isinstance(manifest.tensors, Mapping) else {}
-    differing = [name for name in names if found[name].sha256 != recorded.get(name)]
+    differing = [name for name in names if found[name].sha256 != manifest.tensors.get(name)]
     digest = model_digest({name: (t.dtype, t.shape, str(t.sha256)) for name, t in found.items()})
     recorded_digest = manifest.source.sha256 if manifest.source is not None else ""
     return Origin(model=model_dir, sha256=digest, recorded=recorded_digest, differing=tuple(differing))

@@ -7,10 +7,10 @@ from pathlib import Path
 from converters.hf.reader import HfReader, check_weights
 from converters.mapping import Weight, weight_map
 from converters.mcore.companions import COMPANIONS_DIR
-from converters.mcore.reader import DistReader, McoreSource, check_checkpoint
+from converters.mcore.reader import DistReader, checked_source
 from converters.source import Source
 from engine.model.spec import ModelSpec, load_model_spec
-from engine.storage.reader import check_files, is_dist_checkpoint
+from engine.storage.reader import is_dist_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,4 @@ def _source(directory: str | Path, weights: Mapping[str, Weight]) -> Source:
         hf = HfReader(directory)
         check_weights(hf, weights)
         return hf
-    reader = DistReader(directory)
-    check_checkpoint(reader, weights)
-    check_files(reader)
-    return McoreSource(reader, weights)
+    return checked_source(DistReader(directory), weights)

@@ -19,7 +19,8 @@ import psutil
 
 from converters.transfer import RECORDS_DIR, Crew, OutputFile, read_record
 from engine.errors import OutputError
-from engine.storage.files import fsync, shown
+from engine.storage.durable import fsync, is_full
+from engine.storage.files import shown
 
 _LOCK_FILE = "lock"
 _PLAN_DIGITS = 16
@@ -192,7 +193,7 @@ def _output_errors(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise OutputError(
                 f"disk full while writing {target}; make room or choose another directory"
             ) from error

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from converters.source import Source
-from engine.storage.files import bytes_of, fsync
+from engine.storage.durable import fsync, write_all, write_whole
+from engine.storage.files import bytes_of
 
 RECORDS_DIR = ".records"
 DEFAULT_MEMORY = 256_000_000
@@ -227,10 +228,7 @@ class _Writer:
     def _keep(self, record: FileRecord) -> None:
         fsync(self._stage)  # the file's name before the record that vouches for it
         path = self._stage / RECORDS_DIR / f"{self._file.name}.json"
-        partial = path.with_suffix(f".{os.uname().nodename}-{os.getpid()}")
-        partial.write_text(json.dumps(vars(record)), encoding="utf-8")
-        fsync(partial)
-        partial.replace(path)
+        write_whole(path, json.dumps(vars(record)).encode())
 
     def _write_tensor(self, out: BinaryIO, data: TensorData) -> None:
         for piece, buffer, first, last in self._blocks(data):
@@ -280,9 +278,7 @@ class _Writer:
         return self._file_hasher.submit(self._file_hash.update, block)
 
     def _put(self, out: BinaryIO, block: memoryview, hashed: Future[None] | None) -> None:
-        done = 0
-        while done < len(block):
-            done += out.write(block[done:])
+        write_all(out, block)
         if hashed is not None:
             hashed.result()
         if self._options.progress is not None:

@@ -195,12 +195,18 @@ def _run(plan: Callable[[], "Conversion"], output: OutputOptions, words: Sequenc
     return 0
 
 
+def worker_count(asked: int | None) -> int:
+    """Threads of a command that reads or writes weights. Raises ConfigError."""
+    workers = min(4, os.cpu_count() or 1) if asked is None else asked
+    if workers < 1:
+        raise ConfigError(f"workers must be at least 1, not {workers}")
+    return workers
+
+
 def _transfer_options(output: OutputOptions, world: World) -> "TransferOptions":
     from converters.transfer import Crew, TransferOptions
 
-    workers = min(4, os.cpu_count() or 1) if output.workers is None else output.workers
-    if workers < 1:
-        raise ConfigError(f"workers must be at least 1, not {workers}")
+    workers = worker_count(output.workers)
     memory = _bytes("max_memory", output.max_memory)
     if memory < _MIN_MEMORY * workers:
         least = f"{_MIN_MEMORY * workers // 10**6}MB"

@@ -1,11 +1,11 @@
 """Room on the disk: whether a run can finish on it, and one clear line where it fills up all the same."""
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import OutputError, UserError
+from engine.storage.durable import is_full
 
 # Of an fp32 master weight and two moments of AdamW, beside the weight itself.
 _OPTIMIZER_BYTES = 12
@@ -42,7 +42,7 @@ def _is_full(error: BaseException | None) -> bool:
         text = str(error)
         # torch's zip writer does not hand on the reason: it says that the file is shorter than what it wrote.
         short = "inline_container.cc" in text and "unexpected pos" in text
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or short:
+        if (isinstance(error, OSError) and is_full(error)) or "No space left" in text or short:
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -265,7 +265,7 @@ def settle_resume(blueprint: Blueprint, world: World) -> Blueprint:
     import torch.distributed as dist
 
     from engine.storage.manifest import check_share
-    from engine.training.resume import TrainerState, passed_over
+    from engine.training.resume import passed_over
 
     if world.rank == 0:
         for line in passed_over(blueprint.output_dir, blueprint.resume):
@@ -277,7 +277,6 @@ def settle_resume(blueprint: Blueprint, world: World) -> Blueprint:
         dist.all_gather_object(found, problem)
         wrong = next((line for line in found if line is not None), None)
         if wrong is None:
-            TrainerState.read(blueprint.resume)
             return blueprint
         if blueprint.config.run.resume_from_checkpoint != "auto" and restart_count() == 0:
             raise CheckpointError(f"{wrong}; resume from another checkpoint or pass `auto`")

@@ -1,7 +1,6 @@
 """`braid verify`: flags, prompts, and the verdict that it prints."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from engine.config.parse import help_text, parse
 from engine.errors import CheckpointError, ConfigError, DataError, ModelError, OutputError
+from engine.storage.durable import write_whole
+from launch.convert import worker_count
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,7 +68,7 @@ def verify(argv: Sequence[str]) -> int:
         return 0
     options, given = parse(VerifyOptions, argv)
     _check(options, given)
-    checkpoint, workers = options.checkpoint or "", _workers(options)
+    checkpoint, workers = options.checkpoint or "", worker_count(options.workers)
     if options.manifest:
         good, content = _manifest(checkpoint, options.model, workers)
     elif options.level == "weights":
@@ -94,13 +95,6 @@ def _check(options: VerifyOptions, given: set[str]) -> None:
         raise ConfigError("verify compares --model DIR with --checkpoint DIR; pass both")
     elif options.prompts is not None and options.level != "logits":
         raise ConfigError("--prompts is for --level logits; pass that too, or leave --prompts out")
-
-
-def _workers(options: VerifyOptions) -> int:
-    workers = min(4, os.cpu_count() or 1) if options.workers is None else options.workers
-    if workers < 1:
-        raise ConfigError(f"workers must be at least 1, not {workers}")
-    return workers
 
 
 def _manifest(checkpoint: str, model: str | None, workers: int) -> tuple[bool, dict[str, Any]]:
@@ -210,9 +204,8 @@ def _print_table(table: "Table") -> None:
 
 
 def _write_report(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     try:
-        partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise OutputError(f"--report {path} cannot be written: {error.strerror}") from None

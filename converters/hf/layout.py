@@ -18,11 +18,13 @@ from converters.hf.reader import (
     MAX_JSON_BYTES,
     SINGLE_FILE,
     HfReader,
+    header_bytes,
     parse_header,
     read_index,
 )
 from engine.errors import CheckpointError, ConfigError, ModelError
-from engine.storage.files import fsync, inside
+from engine.storage.durable import fsync
+from engine.storage.files import inside
 
 LAYOUT_DIR = "hf_layout"
 DEFAULT_SHARD_SIZE = 5_000_000_000
@@ -126,7 +128,7 @@ def _weight_file(name: str, group: Sequence[PlannedTensor]) -> WeightFile:
 
 def source_layout(reader: HfReader) -> HfLayout:
     """The layout of the files of a directory. OSError comes from the disk."""
-    files = [_weight_file_of(path.name, path, _header_bytes(path)) for path in reader.files()]
+    files = [_weight_file_of(path.name, path, header_bytes(path)) for path in reader.files()]
     index = None
     if [file.name for file in files] != [SINGLE_FILE]:  # a single file of another name has an index, too
         index = inside(reader.directory, INDEX_FILE, error=ModelError).read_bytes()
@@ -144,12 +146,6 @@ def keep_layout(layout: HfLayout, target_dir: Path) -> None:
         (directory / name).write_bytes(content)
         fsync(directory / name)
     fsync(directory)
-
-
-def _header_bytes(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        length = file.read(8)
-        return length + file.read(int.from_bytes(length, "little"))
 
 
 def kept_layout(checkpoint_dir: Path) -> HfLayout | None:

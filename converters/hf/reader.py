@@ -244,16 +244,22 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     overlap.
     """
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            if size < 8 or length > MAX_JSON_BYTES:
-                raise ModelError(f"{path}: header of {length} bytes; truncated, or not a safetensors file")
-            content = start + file.read(length)
+        size, content = path.stat().st_size, header_bytes(path)
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror})") from error
+    length = int.from_bytes(content[:8], "little")
+    if size < 8 or length > MAX_JSON_BYTES:
+        raise ModelError(f"{path}: header of {length} bytes; truncated, or not a safetensors file")
     return parse_header(path, content, size=size)
+
+
+def header_bytes(path: Path) -> bytes:
+    """The first bytes of a safetensors file, its header, as far as they are there and no more than a header
+    may have. OSError comes from the disk.
+    """
+    with open(path, "rb") as file:
+        length = file.read(8)
+        return length + file.read(min(int.from_bytes(length, "little"), MAX_JSON_BYTES))
 
 
 def parse_header(path: Path, content: bytes, *, size: int | None) -> dict[str, TensorInfo]:

@@ -28,7 +28,8 @@ from converters.hf.reader import (
 )
 from engine.errors import CheckpointError, ModelError
 from engine.model.spec import load_model_spec
-from engine.storage.files import dtype_name, fsync, write_json
+from engine.storage.durable import fsync
+from engine.storage.files import dtype_name, write_json
 
 COMPANIONS_DIR = "hf_companions"
 INFO_FILE = "braid.json"

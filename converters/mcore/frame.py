@@ -9,13 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from engine.model.spec import ModelSpec
-from engine.storage.files import fsync, write_json
-from engine.storage.metadata import METADATA_FILE, DistBytes, DistTensor, write_metadata
-from engine.storage.reader import COMMON_FILE, CONFIG_FILE
+from engine.storage import layout
+from engine.storage.durable import fsync
+from engine.storage.metadata import DistBytes, DistTensor
 
 RUN_CONFIG_FILE = "run_config.yaml"
 
@@ -35,26 +34,12 @@ def write_frame(checkpoint_dir: Path, tensors: Sequence[DistTensor], spec: Model
     """
     states: list[DistBytes] = []
     if spec is not None:
-        length = _save([None], checkpoint_dir / _STATES_FILE)
+        length = layout.save_durably([None], checkpoint_dir / _STATES_FILE)
         states = [
             DistBytes(key=key, file=_STATES_FILE, start=0, length=length) for key in extra_state_keys(spec)
         ]
         write_yaml(checkpoint_dir / RUN_CONFIG_FILE, bridge_run_config(spec))
-    write_metadata(checkpoint_dir / METADATA_FILE, tensors, states)
-    fsync(checkpoint_dir / METADATA_FILE)
-    _save(_COMMON, checkpoint_dir / COMMON_FILE)
-    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    write_json(
-        checkpoint_dir / CONFIG_FILE,
-        {**backends, "common_backend": "torch", "common_backend_version": 1},
-    )
-
-
-def _save(value: Any, path: Path) -> int:
-    with open(path, "wb") as file:
-        torch.save(value, file)
-    fsync(path)
-    return path.stat().st_size
+    layout.write_frame(checkpoint_dir, tensors, states, _COMMON)
 
 
 def write_yaml(path: Path, value: Mapping[str, Any]) -> None:

@@ -13,16 +13,12 @@ import torch
 from converters.mapping import Weight
 from converters.mcore.reader import stacked_key
 from converters.transfer import OutputFile, Piece, TensorData
-from engine.storage.archive import archive_around
-from engine.storage.metadata import DistChunk, DistTensor, prepare_to_write
+from engine.storage.layout import FileLayout, PlacedBox, merge_boxes
+from engine.storage.metadata import DistTensor, prepare_to_write
 
 FILE_SIZE = 1_000_000_000
 """Bytes of tensor data in a file, about: files are what workers share, and what is kept when one is
 interrupted.
-"""
-_ALIGNMENT = 64
-"""torch.save aligns tensor data within its archive by this; archives start at multiples of it for the same
-reason.
 """
 
 
@@ -55,30 +51,17 @@ def plan_checkpoint(
     layers = 1 + max((place.layer for place in stacked if place.layer is not None), default=0)
     boxes = [_box(weight, dtypes[stacked_key(weight.name).key], layers) for weight in weights.values()]
     files: list[OutputFile] = []
-    tensors: dict[str, DistTensor] = {}
+    placed: list[PlacedBox] = []
     for number, group in enumerate(_fill(boxes, file_size)):
-        name, parts, position = f"__0_{number}.distcp", list[bytes | TensorData](), 0
+        file, parts = FileLayout(f"__0_{number}.distcp"), list[bytes | TensorData]()
         for box in group:
-            padding = bytes(-position % _ALIGNMENT)
-            before, behind = archive_around(box.data.dtype, box.sizes)
-            length = len(before) + box.data.nbytes + len(behind)
-            start = position + len(padding)
-            chunk = DistChunk(offsets=box.offsets, sizes=box.sizes, file=name, start=start, length=length)
-            known = tensors.get(box.key)
-            assert known is None or known.shape == box.shape, f"{box.key} differs from other layers"
-            tensors[box.key] = DistTensor(
-                key=box.key,
-                shape=box.shape,
-                dtype=box.data.dtype,
-                chunks=(*(known.chunks if known else ()), chunk),
+            placed.append(
+                file.box(box.key, dtype=box.data.dtype, shape=box.shape, offsets=box.offsets, sizes=box.sizes)
             )
-            parts += [padding + before, box.data, behind]
-            position = start + length
-        files.append(OutputFile(name=name, parts=tuple(parts)))
-    for tensor in tensors.values():
-        filled = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
-        assert filled == math.prod(tensor.shape), f"{tensor.key}: not all layers are there"
-    return DistPlan(files=tuple(files), tensors=tuple(tensors.values()))
+            parts += [placed[-1].before, box.data, placed[-1].behind]
+        files.append(OutputFile(name=file.name, parts=tuple(parts)))
+    tensors = merge_boxes(item.tensor for item in placed)
+    return DistPlan(files=tuple(files), tensors=tuple(tensors))
 
 
 def _box(weight: Weight, dtype: torch.dtype, layers: int) -> _Box:

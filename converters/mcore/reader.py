@@ -20,7 +20,7 @@ from converters.source import Source, new_or_given
 from engine.errors import CheckpointError
 from engine.storage.files import and_more, dtype_name, shown
 from engine.storage.metadata import METADATA_FILE, DistTensor
-from engine.storage.reader import TorchDistReader
+from engine.storage.reader import TorchDistReader, check_files
 
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 
@@ -160,6 +160,15 @@ def check_checkpoint(
             f"{reader.directory}: weight {shown(surplus[0])} has no place in the model{and_more(surplus)}; "
             f"this is a checkpoint of another model"
         )
+
+
+def checked_source(
+    reader: DistReader, weights: Mapping[str, Weight], *, prefixes: tuple[str, ...] = MODEL_PREFIXES
+) -> "McoreSource":
+    """The tensors of a checkpoint, once `check_checkpoint` and `check_files` have nothing against it."""
+    check_checkpoint(reader, weights, prefixes=prefixes)
+    check_files(reader)
+    return McoreSource(reader, weights)
 
 
 class McoreSource(Source):

@@ -65,8 +65,7 @@ class Box:
 
     def _load(self) -> Tensor:
         try:
-            with self._open() as archive:
-                part = torch.load(archive, map_location="cpu", weights_only=True)
+            part = _load_plain(self.path, self._chunk.start, self._chunk.length)
         except Exception as error:  # RuntimeError, UnpicklingError, EOFError, ValueError, ...
             raise self._damaged() from error
         if not isinstance(part, Tensor) or tuple(part.shape) != self._chunk.sizes:
@@ -125,13 +124,17 @@ class Box:
 def load_object(path: Path, start: int, length: int, *, what: str) -> Any:
     """What torch.load with `weights_only` makes of an archive inside a file. Raises CheckpointError."""
     try:
-        with io.BufferedReader(FileRange(path, start, length)) as archive:
-            return torch.load(archive, map_location="cpu", weights_only=True)
+        return _load_plain(path, start, length)
     except Exception as error:  # damaged archives and refused pickles raise almost anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path} is damaged at {shown(what)} ({shown(reason)}); use another checkpoint"
         ) from error
+
+
+def _load_plain(path: Path, start: int, length: int) -> Any:
+    with io.BufferedReader(FileRange(path, start, length)) as archive:
+        return torch.load(archive, map_location="cpu", weights_only=True)
 
 
 def _local_header(window: io.BufferedReader, info: zipfile.ZipInfo) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import OutputError, UserError
+from engine.storage.durable import fsync
 
 _MAX_SHOWN = 200
 
@@ -121,15 +122,6 @@ class FileRange(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,18 +2,21 @@
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from engine.errors import CheckpointError
+from engine.storage.durable import write_whole
 
 MANIFEST_FILE = "braid-manifest.json"
+STATE_FILE = "trainer_state.json"
+"""Where a run stands, in its checkpoints; `engine.training.resume` writes and reads it."""
 
 _FORMAT = 1
 _BLOCK = 8_000_000
@@ -44,11 +47,11 @@ class Manifest:
 
     kind: str
     """What the directory is: "training", or what a conversion made, as "mcore" or "hf"."""
-    created: str
-    """UTC, ISO 8601."""
     versions: Mapping[str, str]
     files: Mapping[str, FileEntry]
     """By path within the directory, with slashes; all files but the manifest itself."""
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    """UTC, ISO 8601."""
     command: str = ""
     plan: str = ""
     """Digest of the plan that a conversion was written by; the same source and options give the same."""
@@ -125,13 +128,8 @@ def files_below(directory: Path) -> list[str]:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write it durably, under its name only when it is whole. OSError comes from the disk."""
-    partial = directory / f".{MANIFEST_FILE}.{os.getpid()}"
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump({"format": _FORMAT, **asdict(manifest)}, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(directory / MANIFEST_FILE)
+    text = json.dumps({"format": _FORMAT, **asdict(manifest)}, indent=1, ensure_ascii=False)
+    write_whole(directory / MANIFEST_FILE, f"{text}\n".encode())
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -145,7 +143,9 @@ def read_manifest(directory: Path) -> Manifest:
             raise CheckpointError(f"{path} has not the format {_FORMAT}; use the braid version that wrote it")
         files = {_inner(name): FileEntry(**entry) for name, entry in value.pop("files").items()}
         source = value.pop("source")
-        return Manifest(files=files, source=SourceEntry(**source) if source else None, **value)
+        manifest = Manifest(files=files, source=SourceEntry(**source) if source else None, **value)
+        _check_types(manifest)
+        return manifest
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory} has no {MANIFEST_FILE}; it was not written by braid, or its writing was interrupted"
@@ -153,7 +153,24 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); the directory cannot be trusted") from error
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} is damaged ({reason}); the directory cannot be trusted") from error
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raise TypeError for values of other types than the fields have: JSON can hold anything."""
+    texts = [manifest.kind, manifest.created, manifest.command, manifest.plan]
+    for mapping in (manifest.versions, manifest.tensors):
+        if not isinstance(mapping, dict):
+            raise TypeError("a list of names has no names")
+        texts += mapping.values()
+    if manifest.source is not None:
+        texts += [manifest.source.path, manifest.source.sha256]
+    texts += [entry.sha256 for entry in manifest.files.values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a text is none")
+    if not all(type(entry.bytes) is int and entry.bytes >= 0 for entry in manifest.files.values()):
+        raise TypeError("a size is none")
 
 
 def _inner(name: str) -> str:
@@ -171,7 +188,7 @@ def check_manifest(
     """
     found, problems, to_hash = set(files_below(directory)), [], []
     for name, entry in manifest.files.items():
-        if name not in found:
+        if name not in found or not (directory / name).exists():  # or a link to nowhere
             problems.append(FileProblem(name=name, problem="missing"))
         elif (size := (directory / name).stat().st_size) != entry.bytes:
             problems.append(

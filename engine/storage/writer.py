@@ -9,7 +9,6 @@ the program, and hashes what it writes. It dies with the program.
 
 import base64
 import ctypes
-import errno
 import hashlib
 import json
 import mmap
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import OutputError
+from engine.storage.durable import is_full, write_all, write_whole
 from engine.storage.manifest import FileEntry
 
 _BLOCK = 4_000_000
@@ -193,12 +193,12 @@ def _carry_out(job: dict[str, Any], fd: int) -> bytes:
         files = {Path(file["path"]).name: _write(file, memory) for file in job["files"]}
         answer = json.dumps({"files": files}).encode()
         if record is not None:
-            _write_record(record, answer)
+            write_whole(record, answer)
         return answer
     except OSError as error:
         place = error.filename or Path(job["files"][0]["path"]).parent
         message = f"{place} cannot be written: {error.strerror}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             message = (
                 f"disk full while writing {place}; make room or lower save_total_limit, then go on with "
                 f"--resume_from_checkpoint auto"
@@ -206,7 +206,7 @@ def _carry_out(job: dict[str, Any], fd: int) -> bytes:
         answer = json.dumps({"error": message}).encode()
         if record is not None:
             with suppress(OSError):  # the program learns it from the answer all the same
-                _write_record(record, answer)
+                write_whole(record, answer)
         return answer
 
 
@@ -221,22 +221,11 @@ def _write(file: dict[str, Any], memory: mmap.mmap | memoryview) -> dict[str, in
             for start in range(0, len(data), _BLOCK):
                 block = data[start : start + _BLOCK]
                 hashed = hasher.submit(digest.update, block)
-                done = 0
-                while done < len(block):
-                    done += out.write(block[done:])
+                write_all(out, block)
                 hashed.result()
                 size += len(block)
         os.fsync(out.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _write_record(path: Path, answer: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        file.write(answer)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 if __name__ == "__main__":

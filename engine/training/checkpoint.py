@@ -15,7 +15,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +27,20 @@ from megatron.core.distributed import DistributedDataParallel
 from engine.errors import OutputError
 from engine.model.lora import adapter_state
 from engine.runtime import mcore
-from engine.storage.files import dtype_name, fsync, write_json
-from engine.storage.manifest import FileEntry, Manifest, files_below, hash_files, versions_of, write_manifest
-from engine.storage.metadata import (
-    METADATA_FILE,
-    DistBytes,
-    DistChunk,
-    DistTensor,
-    prepare_to_write,
-    write_metadata,
+from engine.storage.durable import fsync
+from engine.storage.files import dtype_name, write_json
+from engine.storage.layout import merge_boxes, write_frame
+from engine.storage.manifest import (
+    STATE_FILE,
+    FileEntry,
+    Manifest,
+    files_below,
+    hash_files,
+    versions_of,
+    write_manifest,
 )
-from engine.storage.reader import COMMON_FILE, CONFIG_FILE, TorchDistReader
+from engine.storage.metadata import DistBytes, DistChunk, DistTensor, prepare_to_write
+from engine.storage.reader import TorchDistReader
 from engine.storage.writer import BackgroundWriter, read_answer
 from engine.training.optimizer_state import (
     StateBox,
@@ -48,17 +50,11 @@ from engine.training.optimizer_state import (
     state_boxes,
     states_of,
 )
-from engine.training.resume import STATE_FILE, TrainerState, list_checkpoints
-from engine.training.shards import Part, Shards, load_state, merge_boxes, split_state, stage_shards
+from engine.training.resume import TrainerState, list_checkpoints
+from engine.training.shards import Part, Shards, load_state, split_state, stage_shards
 
 _RECORDS_DIR = ".records"
 _POLL_SECONDS = 0.05
-_CONFIG = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
 
 
 class CheckpointSaver:
@@ -168,23 +164,19 @@ class CheckpointSaver:
             staged = stage_shards(group, partial / name, memory)
             table["tensors"] += [_as_json(tensor) for tensor in staged.tensors]
             table["objects"] += [dataclasses.asdict(item) for item in staged.objects]
-            if number == len(groups) - 1:
+            last = number == len(groups) - 1
+            if last:
                 path = records / f"{self._groups.rank}.table"
                 path.write_text(json.dumps(table), encoding="utf-8")
-            last = number == len(groups) - 1
             self._writer.start([staged.file], record=records / str(self._groups.rank) if last else None)
 
     def _finish(self, partial: Path, final: Path, state: TrainerState, common: dict[str, Any]) -> None:
         """Complete the checkpoint when all ranks have written; on a thread of rank 0."""
         try:
             tensors, objects, files = self._gather(partial / _RECORDS_DIR)
-            write_metadata(partial / METADATA_FILE, merge_boxes(iter(tensors)), objects)
-            torch.save(common, partial / COMMON_FILE)
+            write_frame(partial, merge_boxes(tensors), objects, common)
             self._add_companions(partial)
             write_json(partial / STATE_FILE, dataclasses.asdict(state))
-            write_json(partial / CONFIG_FILE, _CONFIG)
-            for name in (METADATA_FILE, COMMON_FILE):
-                fsync(partial / name)
             shutil.rmtree(partial / _RECORDS_DIR)
             files |= hash_files(partial, [name for name in files_below(partial) if name not in files])
             write_manifest(partial, _manifest(files))
@@ -244,7 +236,6 @@ def _from_json(entry: dict[str, Any]) -> DistTensor:
 def _manifest(files: dict[str, FileEntry]) -> Manifest:
     return Manifest(
         kind="training",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions_of(("braid", "torch", "megatron-core")),
         files=dict(sorted(files.items())),
     )
@@ -294,10 +285,16 @@ def collect(
 
 @torch.no_grad()
 def load_checkpoint(
-    checkpoint: Path, models: Sequence[DistributedDataParallel], optimizer: Any, groups: mcore.Groups
-) -> TrainerState:
-    """Restore model, optimizer and, under the same layout, random generators. Call on every rank."""
-    state, reader = TrainerState.read(checkpoint), TorchDistReader(checkpoint)
+    checkpoint: Path,
+    state: TrainerState,
+    models: Sequence[DistributedDataParallel],
+    optimizer: Any,
+    groups: mcore.Groups,
+) -> None:
+    """Restore model, optimizer and, under the same layout, random generators. `state` is the checkpoint's.
+    Call on every rank.
+    """
+    reader = TorchDistReader(checkpoint)
     same_layout = state.layout == layout_degrees(groups)
     wanted = sharded_state(models, optimizer, groups, loading=True, with_rng=same_layout)
     known = descriptions(wanted)
@@ -311,7 +308,6 @@ def load_checkpoint(
         _load_states(reader, part, known)
     if same_layout:
         mcore.set_rng_state(loaded["rng"])
-    return state
 
 
 def _load_states(reader: TorchDistReader, part: Any, known: dict[torch.Tensor, Any]) -> None:

@@ -80,9 +80,11 @@ class Trainer:
         run, plan = self.config.run, self.train_data.plan
         state = self._state_at(step=0, tokens=0)
         if resume is not None:
+            stored = TrainerState.read(resume)
             if not run.force_resume:
-                TrainerState.read(resume).check_same_run(state, resume)
-            state = load_checkpoint(resume, self.models, self.optimizer, self.groups)
+                stored.check_same_run(state, resume)
+            load_checkpoint(resume, stored, self.models, self.optimizer, self.groups)
+            state = stored
             if self.startup is not None:
                 self.startup.mark("checkpoint")
         first = self.groups.rank == 0

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import CheckpointError
-from engine.storage.manifest import check_manifest, read_manifest
+from engine.storage.manifest import STATE_FILE, check_manifest, read_manifest
 
-STATE_FILE = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 

@@ -6,8 +6,6 @@ data.
 """
 
 import io
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from mmap import mmap
 from pathlib import Path
@@ -26,13 +24,10 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch import Tensor
 
 from engine.errors import CheckpointError
-from engine.storage.archive import archive_around
-from engine.storage.metadata import DistBytes, DistChunk, DistTensor
+from engine.storage.layout import FileLayout
+from engine.storage.metadata import DistBytes, DistTensor
 from engine.storage.reader import TorchDistReader
 from engine.storage.writer import Span, StagedFile
-
-_ALIGNMENT = 64
-"""torch.save aligns data within its archive by this; archives start at multiples of it for that reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,60 +107,34 @@ def stage_shards(shards: Shards, path: Path, memory: mmap) -> StagedShards:
     """Copy the tensors into `memory`, of at least `shards.nbytes` bytes, and lay out the file that they
     become.
     """
-    name, used, position = path.name, 0, 0
+    layout, used = FileLayout(path.name), 0
     parts: list[bytes | Span] = []
     tensors, objects = [], []
-
-    def place(length: int) -> int:
-        nonlocal position
-        padding = bytes(-position % _ALIGNMENT)
-        parts.append(padding)
-        start = position + len(padding)
-        position = start + length
-        return start
-
     for item in shards.tensors:
-        before, behind = archive_around(item.data.dtype, item.sizes)
-        nbytes = item.data.nbytes
-        length = len(before) + nbytes + len(behind)
-        start = place(length)
-        target = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=used)
-        target.view(item.data.dtype).view(item.data.shape).copy_(item.data, non_blocking=True)
-        parts += [before, Span(start=used, stop=used + nbytes), behind]
-        used += nbytes
-        chunk = DistChunk(offsets=item.offsets, sizes=item.sizes, file=name, start=start, length=length)
-        tensors.append(DistTensor(key=item.key, shape=item.shape, dtype=item.data.dtype, chunks=(chunk,)))
+        data = item.data
+        placed = layout.box(
+            item.key, dtype=data.dtype, shape=item.shape, offsets=item.offsets, sizes=item.sizes
+        )
+        target = torch.frombuffer(memory, dtype=torch.uint8, count=data.nbytes, offset=used)
+        target.view(data.dtype).view(data.shape).copy_(data, non_blocking=True)
+        parts += [placed.before, Span(start=used, stop=used + data.nbytes), placed.behind]
+        used += data.nbytes
+        tensors.append(placed.tensor)
     for thing in shards.objects:
         content = io.BytesIO()
         torch.save([thing.data], content)  # a list, as Megatron stores an object
-        start = place(len(content.getvalue()))
-        parts.append(content.getvalue())
-        objects.append(
-            DistBytes(key=thing.unique_key, file=name, start=start, length=len(content.getvalue()))
-        )
+        written, entry = layout.object(thing.unique_key, content.getvalue())
+        parts.append(written)
+        objects.append(entry)
     if torch.cuda.is_available() and any(item.data.is_cuda for item in shards.tensors):
         torch.cuda.synchronize()
-    file = StagedFile(path=path, parts=tuple(part for part in parts if part != b""))
+    file = StagedFile(path=path, parts=tuple(parts))
     return StagedShards(file=file, tensors=tuple(tensors), objects=tuple(objects))
 
 
 def box_sizes(item: ShardedTensor) -> tuple[int, ...]:
     """Shape of a rank's box in the whole tensor, stacked dimensions included."""
     return (*(1 for _ in range(item.prepend_axis_num)), *item.local_shape)
-
-
-def merge_boxes(parts: Iterator[DistTensor]) -> list[DistTensor]:
-    """One tensor a key, with the boxes of all ranks."""
-    merged: dict[str, DistTensor] = {}
-    for part in parts:
-        known = merged.get(part.key)
-        chunks = (*(known.chunks if known is not None else ()), *part.chunks)
-        assert known is None or (known.shape, known.dtype) == (part.shape, part.dtype), part.key
-        merged[part.key] = DistTensor(key=part.key, shape=part.shape, dtype=part.dtype, chunks=chunks)
-    for tensor in merged.values():
-        filled = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
-        assert filled == math.prod(tensor.shape), f"{tensor.key}: {filled} of {tensor.shape}"
-    return list(merged.values())
 
 
 def load_state(reader: TorchDistReader, wanted: dict[str, Any]) -> dict[str, Any]:

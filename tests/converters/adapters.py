@@ -5,10 +5,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from converters.adapter import ADAPTER_FILE
+from launch.cli import main
+from tests.launch.runs import everything_in
 from tests.support.models import save_adapter, save_tiny_model
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE")
@@ -56,3 +59,18 @@ class Bases:
             narrow = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
             save_file(narrow, directory / ADAPTER_FILE, metadata={"format": "pt"})
         return directory
+
+
+def refused(words: list[str], root: Path, capsys: pytest.CaptureFixture[str], *named: str) -> None:
+    """Exit code 2, one line that holds all of `named`, nothing changed below `root`."""
+    before = everything_in(root)
+    capsys.readouterr()
+    code = main(words)
+    printed = capsys.readouterr()
+    assert code == 2, printed.err
+    assert printed.err.startswith(f"braid {words[0]}: error: ")
+    assert printed.err.count("\n") == 1, printed.err
+    assert printed.out == ""
+    for part in named:
+        assert part in printed.err
+    assert everything_in(root) == before

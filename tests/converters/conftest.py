@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.launch.runs import forget_launch_variables
+
+if TYPE_CHECKING:
+    from tests.converters.hostile import Place
 from torch import Tensor
 
 from converters.convert import output_files
@@ -64,6 +69,48 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def place(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> "Place":
+    """A directory that hostile files are tried in."""
+    from tests.converters.hostile import watched
+
+    forget_launch_variables(monkeypatch)
+    return watched(tmp_path, capsys)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in bf16 from which fp8 ones are made, not to be changed."""
+    from tests.converters.fp8 import make_plain
+
+    directory = tmp_path_factory.mktemp("plain")
+    make_plain(directory)
+    return directory
+
+
+@pytest.fixture
+def fp8(plain: Path, tmp_path: Path) -> Path:
+    """An fp8 directory as Qwen publishes them, to be damaged at will."""
+    from tests.converters.fp8 import Way, make_fp8
+
+    make_fp8(plain, tmp_path / "fp8", Way())
+    return tmp_path / "fp8"
+
+
+@pytest.fixture(scope="module")
+def converted(models: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the tied Qwen2; not to be changed."""
+    from tests.converters.inspecting import convert
+
+    return convert(models("qwen2-tied"), tmp_path_factory.mktemp("inspect") / "mcore")
+
+
+@pytest.fixture
+def checkpoint(converted: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged at will."""
+    return Path(shutil.copytree(converted, tmp_path / "mcore"))
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from tests.launch.runs import everything_in
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+NORM = "model.norm.weight"
+GATE = "model.layers.1.mlp.gate_proj.weight"
 NOT_PLAIN = "is not a plain file name"
 Edit = Callable[[Path], Any]
 """Does harm to a directory."""

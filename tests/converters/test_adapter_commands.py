@@ -15,26 +15,10 @@ from converters.merge import merge
 from engine.errors import ModelError
 from engine.model.lora_spec import CONFIG_FILE
 from launch.cli import main
-from tests.launch.runs import everything_in
 from tests.support.models import FEW_KV_HEADS
 
-from .adapters import Bases
+from .adapters import Bases, refused
 from .conftest import assert_identical, edit_json, tensors_of
-
-
-def refused(words: list[str], root: Path, capsys: pytest.CaptureFixture[str], *named: str) -> None:
-    """Exit code 2, one line that holds all of `named`, nothing changed below `root`."""
-    before = everything_in(root)
-    capsys.readouterr()
-    code = main(words)
-    printed = capsys.readouterr()
-    assert code == 2, printed.err
-    assert printed.err.startswith(f"braid {words[0]}: error: ")
-    assert printed.err.count("\n") == 1, printed.err
-    assert printed.out == ""
-    for part in named:
-        assert part in printed.err
-    assert everything_in(root) == before
 
 
 def merge_words(base: Path, adapter: Path, out: Path, *more: str) -> list[str]:

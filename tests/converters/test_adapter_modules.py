@@ -32,10 +32,10 @@ from converters.merge import merge, plan_merge
 from engine.errors import CheckpointError, ConfigError, ModelError
 from engine.model.lora_spec import CONFIG_FILE, LoraSpec, hf_module, read_lora_config
 from engine.model.spec import ModelSpec, load_model_spec, model_spec_from_config
-from launch.cli import main
 from tests.launch.runs import everything_in, forget_launch_variables
 from tests.support.models import MODELS, save_tiny_model
 
+from .adapters import refused
 from .conftest import assert_identical, edit_json, tensors_of
 
 PREFIX = "base_model.model."
@@ -115,20 +115,6 @@ def edit_tensors(adapter: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) 
     tensors = load_file(adapter / ADAPTER_FILE)
     edit(tensors)
     save_file(tensors, adapter / ADAPTER_FILE, metadata={"format": "pt"})
-
-
-def refused(words: list[str], root: Path, capsys: pytest.CaptureFixture[str], *named: str) -> None:
-    """Exit code 2, one line that holds all of `named`, nothing changed below `root`."""
-    before = everything_in(root)
-    capsys.readouterr()
-    code = main(words)
-    printed = capsys.readouterr()
-    assert code == 2, printed.err
-    assert printed.err.startswith(f"braid {words[0]}: error: ")
-    assert printed.err.count("\n") == 1, printed.err
-    for part in named:
-        assert part in printed.err
-    assert everything_in(root) == before
 
 
 # Round trip

@@ -26,24 +26,9 @@ from engine.model.spec import load_model_spec
 from engine.storage.manifest import read_manifest
 
 from .conftest import assert_identical, change, edit_json, tensors_of
-from .fp8 import NORM, UP, Way, dequantise_one, make_fp8, make_plain, quantise
+from .fp8 import NORM, UP, Way, dequantise_one, make_fp8, quantise
 
 INDEX = "model.safetensors.index.json"
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model in bf16, not to be changed."""
-    directory = tmp_path_factory.mktemp("plain")
-    make_plain(directory)
-    return directory
-
-
-@pytest.fixture
-def fp8(plain: Path, tmp_path: Path) -> Path:
-    """A directory as Qwen publishes them, to be damaged at will."""
-    make_fp8(plain, tmp_path / "fp8", Way())
-    return tmp_path / "fp8"
 
 
 # Values

@@ -19,22 +19,7 @@ from engine.storage.manifest import read_manifest
 from launch.cli import main
 
 from .conftest import change, edit_json, tensors_of
-from .fp8 import NORM, UP, Way, make_fp8, make_plain
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model in bf16, not to be changed."""
-    directory = tmp_path_factory.mktemp("plain")
-    make_plain(directory)
-    return directory
-
-
-@pytest.fixture
-def fp8(plain: Path, tmp_path: Path) -> Path:
-    """A directory as Qwen publishes them, to be damaged at will."""
-    make_fp8(plain, tmp_path / "fp8", Way())
-    return tmp_path / "fp8"
+from .fp8 import NORM, UP, Way, make_fp8
 
 
 def refused(directory: Path, match: str) -> None:

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launch.cli import main
-from tests.launch.runs import braid, everything_in, forget_launch_variables
+from tests.launch.runs import braid, everything_in
 
 from .conftest import MakeModel, change, edit_json, tensors_of
 from .hostile import (
+    GATE,
     INDEX,
+    NORM,
     NOT_PLAIN,
     SINGLE,
     Edit,
@@ -31,18 +33,7 @@ from .hostile import (
     sparse,
     to_hf,
     to_mcore,
-    watched,
 )
-
-NORM = "model.norm.weight"
-GATE = "model.layers.1.mlp.gate_proj.weight"
-
-
-@pytest.fixture
-def place(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Place:
-    forget_launch_variables(monkeypatch)
-    return watched(tmp_path, capsys)
-
 
 # Sources
 

@@ -17,11 +17,12 @@ import torch
 
 from engine.storage.metadata import METADATA_FILE
 from launch.cli import main
-from tests.launch.runs import forget_launch_variables
 
 from .conftest import MakeModel, assert_identical, edit_json, tensors_of
 from .hostile import (
+    GATE,
     INDEX,
+    NORM,
     NOT_PLAIN,
     SINGLE,
     Edit,
@@ -32,17 +33,7 @@ from .hostile import (
     sparse,
     to_hf,
     to_mcore,
-    watched,
 )
-
-NORM = "model.norm.weight"
-GATE = "model.layers.1.mlp.gate_proj.weight"
-
-
-@pytest.fixture
-def place(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Place:
-    forget_launch_variables(monkeypatch)
-    return watched(tmp_path, capsys)
 
 
 @pytest.fixture

@@ -21,22 +21,10 @@ from tests.support.training import save_after_idle_step
 from tests.support.workers import WorkerPool
 
 from .conftest import MakeModel, tensors_of
-from .inspecting import EMBEDDING, FC2, box, boxes_of, content, convert, make_adapter, without_braid_files
+from .inspecting import EMBEDDING, FC2, box, boxes_of, content, make_adapter, without_braid_files
 
 ROOT = Path(__file__).parents[2]
 PADDING = (1024 - 1003) * 32
-
-
-@pytest.fixture(scope="module")
-def converted(models: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the tied Qwen2; not to be changed."""
-    return convert(models("qwen2-tied"), tmp_path_factory.mktemp("inspect") / "mcore")
-
-
-@pytest.fixture
-def checkpoint(converted: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged at will."""
-    return Path(shutil.copytree(converted, tmp_path / "mcore"))
 
 
 @pytest.fixture(scope="module")

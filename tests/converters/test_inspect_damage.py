@@ -18,19 +18,7 @@ from engine.errors import CheckpointError, ModelError
 from engine.storage.manifest import MANIFEST_FILE
 
 from .conftest import MakeModel, edit_json
-from .inspecting import EMBEDDING, FC2, content, convert, edit_metadata, make_adapter, one_problem, refused
-
-
-@pytest.fixture(scope="module")
-def converted(models: MakeModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the tied Qwen2; not to be changed."""
-    return convert(models("qwen2-tied"), tmp_path_factory.mktemp("inspect") / "mcore")
-
-
-@pytest.fixture
-def checkpoint(converted: Path, tmp_path: Path) -> Path:
-    """A copy to be damaged at will."""
-    return Path(shutil.copytree(converted, tmp_path / "mcore"))
+from .inspecting import EMBEDDING, FC2, content, edit_metadata, make_adapter, one_problem, refused
 
 
 @pytest.fixture

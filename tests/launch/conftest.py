@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.tiny import build_tiny_qwen3
-from tests.launch.runs import forget_launch_variables, question_rows, write_rows
+from tests.launch.runs import Place, forget_launch_variables, question_rows, write_rows
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +30,12 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "data.jsonl", question_rows())
+
+
+@pytest.fixture
+def place(tmp_path: Path, model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Place:
+    capsys.readouterr()  # what saving the tiny model printed
+    return Place(root=tmp_path, model=model, data=data, capsys=capsys)
 
 
 @pytest.fixture(autouse=True)

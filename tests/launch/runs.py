@@ -15,6 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
+from launch.cli import main
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 _LAUNCH_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NPROC_PER_NODE", "NNODES", "NODE_RANK",
@@ -108,3 +110,59 @@ def everything_in(directory: Path) -> dict[str, bytes | None]:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The test's directory; what a command may read and must leave as it is."""
+
+    root: Path
+    model: Path
+    data: Path
+    capsys: pytest.CaptureFixture[str]
+
+    @property
+    def out(self) -> Path:
+        return self.root / "out"
+
+    def sft(self, *words: str) -> list[str]:
+        """A run at TP2: the checks happen in this process, before two ranks would start."""
+        given = [
+            "sft",
+            "--model",
+            str(self.model),
+            "--dataset",
+            str(self.data),
+            "--output_dir",
+            str(self.out),
+        ]
+        return [
+            *given,
+            "--device",
+            "cpu",
+            "--nproc_per_node",
+            "2",
+            "--tensor_model_parallel_size",
+            "2",
+            *words,
+        ]
+
+    def refused(self, words: list[str], *named: str) -> str:
+        """Run a command; it must end with exit code 2, one line that holds all of `named`, and nothing
+        changed.
+        """
+        before = everything_in(self.root)
+        code = main(words)
+        printed = self.capsys.readouterr().err
+        assert code == 2, printed
+        assert_one_line(printed, words[0], *named)
+        assert everything_in(self.root) == before
+        return printed
+
+
+def assert_one_line(printed: str, command: str, *named: str) -> None:
+    assert printed.count("\n") == 1, printed
+    assert printed.startswith(f"braid {command}: error"), printed
+    assert "Traceback" not in printed
+    for part in named:
+        assert part in printed

@@ -2,9 +2,7 @@
 
 import json
 import os
-import subprocess
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,72 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from launch.cli import main
 from launch.tiny import build_tiny_qwen3
-from tests.launch.runs import braid, everything_in, question_rows, write_rows
+from tests.launch.runs import Place, assert_one_line, braid, everything_in, question_rows, write_rows
 
 LAST_NORM = "model.norm.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """The test's directory; what a command may read and must leave as it is."""
-
-    root: Path
-    model: Path
-    data: Path
-    capsys: pytest.CaptureFixture[str]
-
-    @property
-    def out(self) -> Path:
-        return self.root / "out"
-
-    def sft(self, *words: str) -> list[str]:
-        """A run at TP2: the checks happen in this process, before two ranks would start."""
-        given = [
-            "sft",
-            "--model",
-            str(self.model),
-            "--dataset",
-            str(self.data),
-            "--output_dir",
-            str(self.out),
-        ]
-        return [
-            *given,
-            "--device",
-            "cpu",
-            "--nproc_per_node",
-            "2",
-            "--tensor_model_parallel_size",
-            "2",
-            *words,
-        ]
-
-    def refused(self, words: list[str], *named: str) -> str:
-        """Run a command; it must end with exit code 2, one line that holds all of `named`, and nothing
-        changed.
-        """
-        before = everything_in(self.root)
-        code = main(words)
-        printed = self.capsys.readouterr().err
-        assert code == 2, printed
-        assert_one_line(printed, words[0], *named)
-        assert everything_in(self.root) == before
-        return printed
-
-
-def assert_one_line(printed: str, command: str, *named: str) -> None:
-    assert printed.count("\n") == 1, printed
-    assert printed.startswith(f"braid {command}: error"), printed
-    assert "Traceback" not in printed
-    for part in named:
-        assert part in printed
-
-
-@pytest.fixture
-def place(tmp_path: Path, model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> Place:
-    capsys.readouterr()  # what saving the tiny model printed
-    return Place(root=tmp_path, model=model, data=data, capsys=capsys)
 
 
 def edit_json(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
@@ -507,54 +443,3 @@ def test_several_processes_end_with_one_message(
     assert run.stdout == ""
     assert run.left_running == ()
     assert everything_in(place.root) == before
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """`small_disk(bytes)` mounts a file system of that size; only root may."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system to fill")
-    directory = tmp_path / "disk"
-
-    def mount(size: int) -> Path:
-        directory.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)], check=True)
-        return directory
-
-    yield mount
-    if os.path.ismount(directory):
-        subprocess.run(["umount", str(directory)], check=True)
-
-
-def test_convert_onto_a_full_disk(place: Place, small_disk: Callable[[int], Path]) -> None:
-    disk = small_disk(300_000)
-    place.refused(
-        ["convert", "--to", "mcore", "--model", str(place.model), "--output_dir", str(disk / "mcore")],
-        "disk full",
-        str(disk),
-    )
-
-
-def test_a_run_that_cannot_fit_on_the_disk_does_not_start(
-    place: Place, small_disk: Callable[[int], Path]
-) -> None:
-    disk = small_disk(300_000)
-    place.refused(
-        place.sft("--output_dir", str(disk / "run")), "disk full", str(disk), "choose another output_dir"
-    )
-
-
-def test_a_disk_that_fills_up_while_training(
-    place: Place, cache: Path, small_disk: Callable[[int], Path]
-) -> None:
-    """One checkpoint of 2.6 MB fits, the second does not."""
-    out = small_disk(4_000_000) / "run"
-    words = place.sft(
-        "--output_dir", str(out), "--max_steps", "2", "--save_steps", "1", "--nproc_per_node", "1"
-    )
-    run = braid(*words, "--tensor_model_parallel_size", "1", cache=cache)
-    assert run.code == 2, run.stderr
-    assert_one_line(run.stderr, "sft", f"disk full while writing {out}", "save_total_limit")
-    assert [path.name for path in out.glob("*checkpoint*")] == ["checkpoint-1"]
-    assert not (out / "hf").exists()
-    assert "step 2/2" in run.stdout

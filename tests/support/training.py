@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,21 @@ def save_after_idle_step(
     release(models)
 
 
+def _share(rows: Sequence[EncodedRow], *, groups: Any, size: int) -> list[Any]:
+    """A data-parallel rank's micro-batches of `size` rows."""
+    layout = groups.layout
+    mine = rows[groups.dp_rank :: layout.dp]
+    return [
+        collate(
+            mine[i : i + size],
+            pad_id=0,
+            pad_to_multiple_of=layout.micro_batch_multiple,
+            pad_rows_to_multiple_of=layout.document_multiple,
+        )
+        for i in range(0, len(mine), size)
+    ]
+
+
 def train_layout(
     rank: int,
     world_size: int,
@@ -159,19 +175,7 @@ def train_layout(
     )
     layout = groups.layout
 
-    def share(rows: Sequence[EncodedRow]) -> list[Any]:
-        mine = rows[groups.dp_rank :: layout.dp]
-        parts = [mine[i : i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
-        return [
-            collate(
-                part,
-                pad_id=0,
-                pad_to_multiple_of=layout.micro_batch_multiple,
-                pad_rows_to_multiple_of=layout.document_multiple,
-            )
-            for part in parts
-        ]
-
+    share = partial(_share, groups=groups, size=micro_batch_size)
     eval_loss = evaluate(models, [share(steps[0])], spec.train_flops_per_token, groups, platform.device).loss
     run_pipeline(models, share(steps[0]), groups, device=platform.device, forward_only=False)
     gradients, copies = local_tensors(models, layout, groups, gradients=True)
@@ -179,11 +183,8 @@ def train_layout(
     for rows, learning_rate in zip(steps, learning_rates, strict=True):
         set_learning_rate(optim, learning_rate, optimizer.weight_decay)
         result = train_step(models, optim, share(rows), groups, platform.device)
-        losses.append(
-            global_totals(
-                result.losses, result.micro_batches, spec.train_flops_per_token, groups, platform.device
-            ).loss
-        )
+        done = (result.losses, result.micro_batches)
+        losses.append(global_totals(*done, spec.train_flops_per_token, groups, platform.device).loss)
         norms.append(result.grad_norm)
     for model in models:
         if model.ddp_config.overlap_param_gather:
@@ -196,10 +197,13 @@ def train_layout(
         eval_loss=eval_loss,
         gradients=gradients,
         weights=weights,
-        copies={f"gradient {n}": t for n, t in copies.items()}
-        | {f"weight {n}": t for n, t in weight_copies.items()},
+        copies=_named("gradient", copies) | _named("weight", weight_copies),
         place=(groups.pp_rank, groups.dp_cp_rank, groups.tp_rank),
     )
+
+
+def _named(kind: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    return {f"{kind} {name}": tensor for name, tensor in tensors.items()}
 
 
 def release(models: Sequence[Any]) -> None:
