@@ -69,7 +69,7 @@ def plan_to_mcore(
     weights = weight_map(spec)
     check_weights(source, weights)
     plan = plan_checkpoint(weights, stored_dtypes(source, weights, dtype))
-    info = describe_source(model_dir, keep_dtypes=dtype is None, dequantised=source if dequantise else None)
+    info = describe_source(spec, source, keep_dtypes=dtype is None)
 
     def finish(stage: Path) -> None:
         write_companions(model_dir, stage, source=info, dequantised_to=fp8_to)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from converters.hf.reader import EMBEDDING, LM_HEAD, HfReader, check_weights, model_tensors
 from converters.mapping import Weight, hf_tensors, weight_map
-from converters.mcore.companions import COMPANIONS_DIR
 from converters.mcore.reader import DistReader, McoreSource, surplus_names
+from converters.model import config_dir_of
 from engine.model.spec import ModelSpec, load_model_spec
 from engine.storage.files import bytes_of, dtype_name, shown
 from engine.storage.reader import is_dist_checkpoint
@@ -195,11 +195,9 @@ def _config_differences(spec: ModelSpec, other: Path) -> tuple[str, ...]:
     """A checkpoint of another program has no configuration to compare; a Hugging Face directory must have
     one.
     """
-    directory = other
-    if is_dist_checkpoint(other):
-        directory = other / COMPANIONS_DIR
-        if not directory.is_dir():
-            return ()
+    directory = config_dir_of(other)
+    if is_dist_checkpoint(other) and not directory.is_dir():
+        return ()
     mine, theirs = asdict(spec), asdict(load_model_spec(directory))
     return tuple(f"{key}: {mine[key]}, {theirs[key]}" for key in mine if mine[key] != theirs[key])
 

@@ -27,7 +27,7 @@ from converters.hf.reader import (
     HfWeights,
 )
 from engine.errors import CheckpointError, ModelError
-from engine.model.spec import load_model_spec
+from engine.model.spec import ModelSpec, load_model_spec
 from engine.storage.durable import fsync
 from engine.storage.files import dtype_name, write_json
 
@@ -52,15 +52,8 @@ class SourceInfo:
     """In a checkpoint of LoRA adapters, the dtype of the adapter that it came from."""
 
 
-def describe_source(
-    model_dir: str | Path, *, keep_dtypes: bool = False, dequantised: HfWeights | None = None
-) -> SourceInfo:
-    """Read configuration and weight headers of a Hugging Face directory; weights may be absent. Raises
-    ModelError. `dequantised` is an fp8 directory's weights as they are converted, and described.
-    """
-    directory = Path(model_dir)
-    spec = load_model_spec(directory, fp8=dequantised is not None)
-    source = dequantised or _weights_of(directory)
+def describe_source(spec: ModelSpec, source: HfWeights | None, *, keep_dtypes: bool = False) -> SourceInfo:
+    """Of a model and its weights, as they are converted; those may be absent. Nothing is read."""
     tensors = {} if source is None else {name: source.dtype(name) for name in source.names()}
     dtypes = {name: dtype for name, dtype in tensors.items() if dtype in WEIGHT_DTYPES}
     kinds = set(dtypes.values())
@@ -95,15 +88,15 @@ def write_companions(
     became, the configuration speaks of that dtype, and no `hf_layout/` is kept, for the files of fp8 weights
     cannot come back. Raises ModelError for what is wrong with `model_dir`.
     """
-    info = replace(source or describe_source(model_dir), adapter_dtype=adapter_dtype)
+    reader = _weights_of(model_dir) if dequantised_to is None else None
+    info = replace(source or describe_source(load_model_spec(model_dir), reader), adapter_dtype=adapter_dtype)
     target = Path(checkpoint_dir) / COMPANIONS_DIR
     target.mkdir(exist_ok=True)
     copy_companions(model_dir, target, error=ModelError)
     if dequantised_to is not None:
         write_json(target / "config.json", dequantised_config(model_dir, dequantised_to))
     fsync(target)
-    reader = _weights_of(model_dir)
-    if reader is not None and adapter_dtype is None and dequantised_to is None:
+    if reader is not None and adapter_dtype is None:
         keep_layout(source_layout(reader), Path(checkpoint_dir))
     write_json(Path(checkpoint_dir) / INFO_FILE, {"format": _FORMAT, **asdict(info)})
     return info

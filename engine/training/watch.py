@@ -1,6 +1,7 @@
 """Watching a run: requests to stop, values that are not numbers, jumps of the loss, and standstill."""
 
 import faulthandler
+import math
 import os
 import signal
 import statistics
@@ -67,7 +68,7 @@ class LossWatch:
         known = len(self._recent) >= _LEAST
         if self._factor is not None and known and loss > self._factor * statistics.median(self._recent):
             return True
-        if loss == loss:
+        if not math.isnan(loss):
             self._recent.append(loss)
         return False
 
