@@ -5,6 +5,7 @@ python -m tests.faults [--count 200] [--seed 0] [--report FILE.json] [--only WOR
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.faults.injuries import FAULTS
@@ -35,9 +37,9 @@ def main() -> int:
     warm_up()
     outcomes: list[Outcome] = []
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="braid-faults-") as folder:
+    with tempfile.TemporaryDirectory(prefix="braid-faults-") as folder, _small_disk(Path(folder)) as place:
         root = Path(folder)
-        settings, place = _prepare(root)
+        settings = _prepare(root)
         calm = run(settings, place / "out", root / "calm-logs", None, random.Random(0))
         assert not any(calm.codes), (calm.codes, calm.printed)
         wanted, seed = trace(place / "out"), arguments.seed
@@ -47,8 +49,6 @@ def main() -> int:
             if outcomes[-1].problems:
                 print(f"{name}, seed {seed}: {'; '.join(outcomes[-1].problems)}", flush=True)
             seed += 1
-        if os.path.ismount(place):
-            subprocess.run(["umount", str(place)], check=True)
     print(table(outcomes))
     bad = sum(bool(outcome.problems) for outcome in outcomes)
     hits = sum(outcome.hit for outcome in outcomes)
@@ -60,20 +60,33 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def _prepare(root: Path) -> tuple[Settings, Path]:
-    """A tiny model with tokenizer, eight rows, and a place for runs: a small disk where one can be made."""
+@contextlib.contextmanager
+def _small_disk(root: Path) -> Iterator[Path]:
+    """A place for runs: a disk of its own that can be filled, where one can be made."""
+    place = root / "disk"
+    place.mkdir()
+    mounted = _INSIDE in os.environ
+    if mounted:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK}", "tmpfs", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def _prepare(root: Path) -> Settings:
+    """A tiny model with tokenizer, and eight rows."""
     from launch.tiny import build_tiny_qwen3
     from tests.launch.runs import question_rows, write_rows
 
     os.environ["BRAID_CACHE"] = str(root / "cache")
+    # Threads of the tokenizer do not survive a fork: the ranks would wait for them for ever.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
     model = build_tiny_qwen3(root / "model", **sizes)
     data = write_rows(root / "data.jsonl", question_rows())
-    place = root / "disk"
-    place.mkdir()
-    if _INSIDE in os.environ:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={_DISK}", "tmpfs", str(place)], check=True)
-    return Settings(model=model, data=data, cache=root / "cache"), place
+    return Settings(model=model, data=data, cache=root / "cache")
 
 
 def table(outcomes: list[Outcome]) -> str:
