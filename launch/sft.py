@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from engine.data.stream import StreamLoader
     from engine.model.gpt import BraidGPTModel
     from engine.runtime.mcore import Groups
+    from engine.training.watch import StopRequest
 
 _DISTRIBUTED_TIMEOUT_MINUTES = 60
 
@@ -104,6 +105,7 @@ def _worker(config: SftConfig, world: World, place: list[str]) -> None:
     import torch.distributed as dist
 
     from engine.runtime import mcore
+    from engine.training.watch import StopRequest
 
     dist.init_process_group(
         platform.backend,
@@ -121,14 +123,16 @@ def _worker(config: SftConfig, world: World, place: list[str]) -> None:
     startup.mark("checkpoint")
     data = share_data(data, blueprint)
     startup.mark("data")
-    with full_disk_named(blueprint.output_dir):
+    stop = StopRequest(stop_signals())
+    # Until the end: what is asked of a run that has trained, and exports, is what it does already.
+    with full_disk_named(blueprint.output_dir), stop.listening():
         hung = partial(give_up, world, place[0])
-        last = train(blueprint, platform, groups, data, hung, startup)
+        last = train(blueprint, platform, groups, data, hung, stop, startup)
         if world.rank == 0:
             _export(last, blueprint, data)
-    dist.barrier()
-    mcore.destroy()
-    dist.destroy_process_group()
+        dist.barrier()
+        mcore.destroy()
+        dist.destroy_process_group()
 
 
 def meeting_place(world: World) -> Any:
@@ -177,9 +181,12 @@ def train(
     groups: "Groups",
     data: "PreparedData",
     hung: Callable[[str], None],
+    stop: "StopRequest",
     startup: Startup | None = None,
 ) -> Path:
-    """Put the run together and train; returns the last checkpoint. `hung` ends a process that is stuck."""
+    """Put the run together and train; returns the last checkpoint. `hung` ends a process that is stuck,
+    `stop` is the request to end.
+    """
     from engine.data.stream import StreamLoader
     from engine.model.provider import build_chunks
     from engine.training.loop import Trainer
@@ -213,7 +220,7 @@ def train(
         started=blueprint.started,
         startup=startup,
         give_up=hung,
-        stop_signals=stop_signals(),
+        stop=stop,
         export=partial(export_beside, blueprint.output_dir, blueprint.lora is not None),
     )
     last = trainer.fit(blueprint.resume)

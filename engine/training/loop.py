@@ -2,10 +2,9 @@
 
 import contextlib
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,7 @@ from engine.training.resume import TrainerState
 from engine.training.schedule import LearningRate
 from engine.training.startup import Startup
 from engine.training.step import StepResult, StepTotals, evaluate, global_totals, train_step
-from engine.training.watch import (
-    STOP_SIGNALS,
-    LossWatch,
-    StopRequest,
-    Watchdog,
-    exit_at_once,
-    first_nonfinite,
-)
+from engine.training.watch import LossWatch, StopRequest, Watchdog, exit_at_once, first_nonfinite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +57,8 @@ class Trainer:
     give_up: Callable[[str], None] = exit_at_once
     """Ends this process with a message when the run stands still."""
 
-    stop_signals: Sequence[signal.Signals] = STOP_SIGNALS
-    """Signals upon which the run is saved and ends."""
+    stop: StopRequest = field(default_factory=StopRequest)
+    """Upon which the run is saved and ends; whoever trains lets it listen."""
 
     export: Callable[[Path], None] | None = None
     """Turns a checkpoint into what transformers or PEFT load, on a thread of rank 0."""
@@ -113,7 +105,7 @@ class Trainer:
                     self.give_up,
                 ),
                 losses=LossWatch(run.loss_spike_factor),
-                stop=stack.enter_context(StopRequest(self.stop_signals).listening()),
+                stop=self.stop,
             )
             for tool in (tools.log, tools.display, tools.saver, tools.watchdog):
                 stack.callback(tool.close)

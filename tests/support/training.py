@@ -282,7 +282,7 @@ def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
     from engine.config.parse import parse
     from engine.runtime import mcore
     from engine.runtime.platform import open_platform
-    from engine.training.watch import exit_at_once
+    from engine.training.watch import StopRequest, exit_at_once
     from launch.processes import World
     from launch.sft import draw, prepare_here, share_data, train
 
@@ -292,7 +292,7 @@ def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
     platform = open_platform(device="cpu", dtype="float32", transformer_impl="torch", local_rank=rank)
     data = prepare_here(blueprint, world)
     groups = mcore.initialize(blueprint.layout, platform, seed=config.run.seed)
-    train(blueprint, platform, groups, share_data(data, blueprint), exit_at_once)
+    train(blueprint, platform, groups, share_data(data, blueprint), exit_at_once, StopRequest())
     gc.collect()
     for found in gc.get_objects():
         if type(found).__name__ == "DistributedDataParallel":
