@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,15 @@ def contents(directory: Path) -> dict[str, Any]:
 def slowed_down(words: list[str], **settings: Any) -> Iterator[subprocess.Popen[str]]:
     """A command in a process of its own, once it has become slow; it is killed at the end."""
     command = [sys.executable, "-m", "tests.converters.convert_worker", json.dumps(settings), *words]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what it puts in the background, this test maybe, with Ctrl-C switched off.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+    )
     try:
         assert process.stdout is not None
         printed = []
