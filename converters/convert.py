@@ -33,7 +33,8 @@ from converters.mcore.companions import (
 )
 from converters.mcore.frame import write_frame
 from converters.mcore.layout import plan_checkpoint
-from converters.mcore.reader import DistReader, checked_source, stacked_key
+from converters.mcore.places import place_of, stacks_layers
+from converters.mcore.reader import DistReader, checked_source
 from converters.source import Source
 from converters.transfer import OutputFile, TransferOptions, whole_tensor
 from engine.errors import CheckpointError
@@ -68,7 +69,9 @@ def plan_to_mcore(
     source: HfWeights = HfReader(model_dir) if fp8_to is None else open_dequantised(model_dir, dtype=fp8_to)
     weights = weight_map(spec)
     check_weights(source, weights)
-    plan = plan_checkpoint(weights, stored_dtypes(source, weights, dtype))
+    stacked = stacks_layers(spec)
+    dtypes = stored_dtypes(source, weights, dtype, stacked=stacked)
+    plan = plan_checkpoint(weights, dtypes, stacked=stacked)
     info = describe_source(spec, source, keep_dtypes=dtype is None)
 
     def finish(stage: Path) -> None:
@@ -79,14 +82,18 @@ def plan_to_mcore(
 
 
 def stored_dtypes(
-    source: Source, weights: Mapping[str, Weight], dtype: torch.dtype | None = None
+    source: Source,
+    weights: Mapping[str, Weight],
+    dtype: torch.dtype | None = None,
+    *,
+    stacked: bool = True,
 ) -> dict[str, torch.dtype]:
     """dtype of each key of a checkpoint: the one asked for, or the narrowest that holds all of its source
-    tensors exactly.
+    tensors exactly. `stacked` is whether layers are.
     """
     found: dict[str, list[torch.dtype]] = {}
     for weight in weights.values():
-        dtypes = found.setdefault(stacked_key(weight.name).key, [])
+        dtypes = found.setdefault(place_of(weight.name, stacked=stacked).key, [])
         dtypes += [source.dtype(tensor.name) for tensor in weight.hf]
     return {key: dtype or reduce(torch.promote_types, dtypes) for key, dtypes in found.items()}
 

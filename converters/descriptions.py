@@ -32,8 +32,11 @@ LARGEST = 2**63
 """Sizes from here on are nobody's: a description may claim any number, and Python refuses to print some."""
 
 _MAX_LAYERS, _MAX_WIDTH, _MAX_RANKS = 10_000, 2**40, 2**20
-"""Of models and runs; a model's table of weights is as long as it has layers."""
+"""Of models and runs; a model's table of weights is as long as it has layers, and experts in them."""
+_MAX_EXPERTS = 200_000
+"""In all layers."""
 _DEGREES = ("tp", "pp", "vpp", "cp", "dp")
+_EXPERT_DEGREES = ("ep", "etp")
 
 
 class Findings:
@@ -109,8 +112,18 @@ def read_model(
         return _model_of_tensors(tensors), None
     try:
         spec = load_model_spec(config_dir)
-        sizes = (spec.hidden_size, spec.ffn_hidden_size, spec.vocab_size, spec.num_attention_heads)
-        if max(*sizes, spec.head_dim) > _MAX_WIDTH or spec.num_layers > _MAX_LAYERS:
+        sizes: tuple[int, ...] = (
+            spec.hidden_size,
+            spec.ffn_hidden_size,
+            spec.vocab_size,
+            spec.num_attention_heads,
+        )
+        moe = spec.moe
+        if moe is not None:
+            sizes = (*sizes, moe.ffn_hidden_size, moe.shared_ffn_hidden_size or 0)
+        experts = 0 if moe is None else moe.num_experts * spec.num_layers
+        widest = max(*sizes, spec.head_dim)
+        if widest > _MAX_WIDTH or spec.num_layers > _MAX_LAYERS or experts > _MAX_EXPERTS:
             raise ValueError("its sizes are no model's")
     except ModelError as error:
         found.note(error)
@@ -130,7 +143,21 @@ def read_model(
         vocab_size=spec.vocab_size,
         tied_embeddings=spec.tied_embeddings,
         parameters=spec.num_parameters(),
+        **_experts_of(spec),
     ), spec
+
+
+def _experts_of(spec: ModelSpec) -> dict[str, int | None]:
+    moe = spec.moe
+    if moe is None:
+        return {}
+    return {
+        "num_experts": moe.num_experts,
+        "layers_with_experts": sum(moe.layers),
+        "experts_per_token": moe.top_k,
+        "expert_ffn_hidden_size": moe.ffn_hidden_size,
+        "shared_ffn_hidden_size": moe.shared_ffn_hidden_size,
+    }
 
 
 def _model_of_config(config: Mapping[str, Any], tensors: Sequence[StoredTensor]) -> ModelSummary:
@@ -153,23 +180,35 @@ def _model_of_config(config: Mapping[str, Any], tensors: Sequence[StoredTensor])
 
 def _model_of_tensors(tensors: Sequence[StoredTensor]) -> ModelSummary | None:
     """By Megatron's names; heads cannot be told from shapes."""
-    weights = {
-        (layer_of(tensor.name) or (tensor.name,))[0].replace(".layers.*.", ".layers."): tensor.shape
-        for tensor in tensors
-        if tensor.content == "weights"
-    }
-    embedding = weights.get("embedding.word_embeddings.weight", ())
-    down = weights.get("decoder.layers.mlp.linear_fc2.weight", ())
-    if len(embedding) != 2 or len(down) < 2:
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for tensor in tensors:
+        if tensor.content == "weights":
+            # Without what is stacked: the shapes of one layer and expert.
+            shape = tensor.shape[sum(size is not None for size in (tensor.layers, tensor.experts)) :]
+            name = (layer_of(tensor.name) or (tensor.name,))[0].replace(".layers.*.", ".layers.")
+            shapes.setdefault(name, []).append(shape)
+    embedding, down, expert, shared = (
+        next(iter(shapes.get(name, ())), ())
+        for name in (
+            "embedding.word_embeddings.weight",
+            "decoder.layers.mlp.linear_fc2.weight",
+            "decoder.layers.mlp.experts.experts.linear_fc2.weight",
+            "decoder.layers.mlp.shared_experts.linear_fc2.weight",
+        )
+    )
+    if len(embedding) != 2 or (len(down) != 2 and len(expert) != 2):
         return None
     return ModelSummary(
         described_by="tensors",
         num_layers=num_layers(tensors),
         hidden_size=embedding[1],
-        ffn_hidden_size=down[-1],
+        ffn_hidden_size=down[-1] if down else None,
         vocab_size=embedding[0],
-        tied_embeddings="output_layer.weight" not in weights,
+        tied_embeddings="output_layer.weight" not in shapes,
         parameters=_elements(tensors),
+        num_experts=max((t.experts for t in tensors if t.content == "weights" and t.experts), default=None),
+        expert_ffn_hidden_size=expert[-1] if expert else None,
+        shared_ffn_hidden_size=shared[-1] if shared else None,
     )
 
 
@@ -199,7 +238,9 @@ def read_adapter(config_dir: Path, found: Findings) -> AdapterSummary | None:
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stood when it saved, and the degrees of its layout by `tp`, `pp`, `vpp`, `cp`, `dp`."""
+    """Where a run stood when it saved, and the degrees of its layout by `tp`, `pp`, `vpp`, `cp`, `dp` and,
+    where experts are shared, `ep` and `etp`.
+    """
 
     step: int
     total_steps: int | None
@@ -218,9 +259,10 @@ def read_state(directory: Path, found: Findings) -> RunState | None:
     if value is None:
         return None
     step, degrees = _whole(value.get("step")), value.get("layout")
-    layout = {name: _whole(degrees.get(name)) or 0 for name in _DEGREES} if isinstance(degrees, dict) else {}
-    known = {name: degree for name, degree in layout.items() if 0 < degree <= _MAX_RANKS}
-    if step is None or len(known) != len(_DEGREES):
+    layout = degrees if isinstance(degrees, dict) else {}
+    known = {name: _whole(layout.get(name)) or 0 for name in (*_DEGREES, *_EXPERT_DEGREES)}
+    known = {name: degree for name, degree in known.items() if 0 < degree <= _MAX_RANKS}
+    if step is None or not known.keys() >= set(_DEGREES):
         found.problem(STATE_FILE, f"{path} has no step or no layout of {', '.join(_DEGREES)}; it is damaged")
         return None
     state = RunState(step=step, total_steps=_whole(value.get("total_steps")), layout=known)

@@ -35,6 +35,7 @@ from converters.hf.reader import (
     header_bytes,
     parse_header,
     read_header,
+    refuse_fused_experts,
 )
 from converters.inspection import (
     BoxShape,
@@ -48,6 +49,7 @@ from converters.inspection import (
 )
 from converters.mapping import hf_tensors, weight_map
 from converters.mcore.companions import COMPANIONS_DIR, INFO_FILE, read_source_info
+from converters.mcore.places import stacked_axes
 from converters.mcore.reader import MODEL_PREFIXES, DistReader, check_checkpoint
 from converters.transfer import RECORDS_DIR
 from engine.errors import CheckpointError, ModelError, UserError
@@ -61,8 +63,8 @@ from engine.storage.reader import is_dist_checkpoint
 
 _STEP = re.compile(r"(?:checkpoint-|iter_)(\d{1,18})")
 _WRITER = re.compile(r"__(\d{1,18})_\d+\.distcp")
-_STACKED = re.compile(r".*\bdecoder\.layers\.\D.*")
-_CUT_BY_COLUMNS = re.compile(r".*(linear_(fc2|proj)\.weight|(o|down)_proj_lora_A)")
+# Experts' matrices are cut among other ranks than those of tensor parallelism.
+_CUT_BY_COLUMNS = re.compile(r"(?!.*\bexperts\.experts\.).*(linear_(fc2|proj)\.weight|(o|down)_proj_lora_A)")
 _CUT_BY_ROWS = re.compile(r".*(linear_qkv\.weight|(gate|up)_proj_lora_B)")
 _END_OF_ARCHIVE, _END_BYTES = b"PK\5\6", 22
 """The last record of a zip archive without a comment, as torch.save writes them, and its size."""
@@ -201,12 +203,15 @@ def _mcore_tensor(directory: Path, tensor: DistTensor) -> StoredTensor:
     for chunk in tensor.chunks:
         _check_sizes(directory / METADATA_FILE, tensor.key, (), chunk.start + chunk.length)
     boxes = Counter(chunk.sizes for chunk in tensor.chunks).most_common()
+    sizes = list(tensor.shape)
+    layers, experts = (sizes.pop(0) if stacked and sizes else None for stacked in stacked_axes(tensor.key))
     return StoredTensor(
         name=tensor.key,
         content=_mcore_content(tensor.key),
         shape=tensor.shape,
         dtype=dtype_name(tensor.dtype),
-        layers=tensor.shape[0] if tensor.shape and _STACKED.fullmatch(tensor.key) else None,
+        layers=layers,
+        experts=experts,
         boxes=tuple(BoxShape(sizes=sizes, count=count) for sizes, count in boxes),
         bytes=nbytes,
         files=tuple(dict.fromkeys(chunk.file for chunk in tensor.chunks)),
@@ -367,6 +372,7 @@ def _hf_tensor(info: TensorInfo, kind: Kind) -> StoredTensor:
         shape=info.shape,
         dtype=info.stored_dtype if known is None else dtype_name(known),
         layers=None,
+        experts=None,
         boxes=(BoxShape(sizes=info.shape, count=1),),
         bytes=nbytes,
         files=(info.file.name,),
@@ -376,6 +382,10 @@ def _hf_tensor(info: TensorInfo, kind: Kind) -> StoredTensor:
 def _check_hf_fit(directory: Path, tensors: Sequence[StoredTensor], spec: ModelSpec, found: Findings) -> None:
     """The weights must be the model's, in names and shapes; a tied LM head may be stored, too."""
     stored = {tensor.name: tensor.shape for tensor in tensors if tensor.content == "weights"}
+    known = len(found.problems)
+    found.try_to("config.json", lambda: refuse_fused_experts(directory, stored))
+    if len(found.problems) > known:
+        return
     if num_layers(tensors) != spec.num_layers:
         found.problem(
             "config.json",

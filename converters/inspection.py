@@ -14,6 +14,7 @@ Content = Literal["weights", "adapter", "optimizer", "other"]
 CONTENTS: tuple[Content, ...] = ("weights", "adapter", "optimizer", "other")
 
 _LAYER = re.compile(r"(.*\blayers\.)(\d{1,18})(\..+)")
+_EXPERT = re.compile(r"(.*\bexperts\.)(\d{1,18})(\..+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,9 @@ class StoredTensor:
     dtype: str
     """As "bfloat16"; a dtype of safetensors that Braid does not know in its own word, as "F8_E4M3"."""
     layers: int | None
-    """Layers that are stacked in the first dimension; None of a tensor that is one tensor."""
+    """Layers that are stacked in the first dimension; None of a tensor that is one layer's, or no layer's."""
+    experts: int | None
+    """Experts that are stacked in the next dimension; None of a tensor that is one expert's, or none's."""
     boxes: tuple[BoxShape, ...]
     """How it is cut, the most frequent shape first; a safetensors file has one box a tensor."""
     bytes: int
@@ -43,12 +46,14 @@ class StoredTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorGroup:
-    """Tensors that differ in their layer only: `name` has a star for its number."""
+    """Tensors that differ in their layer and expert only: `name` has a star for their numbers."""
 
     name: str
     first: StoredTensor
     layers: int | None
     """How many there are, or are stacked in one; None of a tensor that is no layer's."""
+    experts: int | None
+    """The same of experts, in a layer."""
     bytes: int
     files: tuple[str, ...]
 
@@ -61,7 +66,7 @@ class ContentSummary:
     keys: int
     """Tensors as they are stored."""
     tensors: int
-    """The layers of stacked ones counted."""
+    """The layers and experts of stacked ones counted."""
     boxes: int
     elements: int
     bytes: int
@@ -84,6 +89,13 @@ class ModelSummary:
     """Padding included where the tensors are all there is to go by; so it is in `parameters`."""
     tied_embeddings: bool | None = None
     parameters: int | None = None
+    num_experts: int | None = None
+    """Of a layer that has any; None of a model without."""
+    layers_with_experts: int | None = None
+    experts_per_token: int | None = None
+    expert_ffn_hidden_size: int | None = None
+    shared_ffn_hidden_size: int | None = None
+    """Of the expert that every token goes to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +120,8 @@ class LayoutSummary:
     vpp: int | None = None
     cp: int | None = None
     dp: int | None = None
+    ep: int | None = None
+    etp: int | None = None
     writers: int | None = None
     """Ranks that files are named after; None of a converted checkpoint."""
 
@@ -199,23 +213,49 @@ def layer_of(name: str) -> tuple[str, int] | None:
     return None if match is None else (f"{match[1]}*{match[3]}", int(match[2]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Numbered:
+    """A tensor's name with stars for numbers, and the numbers."""
+
+    name: str
+    layer: int | None
+    expert: int | None
+
+
+def _numbered(name: str) -> _Numbered:
+    found = layer_of(name)
+    starred, layer = (name, None) if found is None else found
+    match = _EXPERT.fullmatch(starred)
+    if match is None:
+        return _Numbered(name=starred, layer=layer, expert=None)
+    return _Numbered(name=f"{match[1]}*{match[3]}", layer=layer, expert=int(match[2]))
+
+
 def grouped(tensors: Sequence[StoredTensor]) -> list[TensorGroup]:
-    """Tensors that are the same but for their layer as one, in the order in which they first come."""
-    groups: dict[tuple[Any, ...], list[StoredTensor]] = {}
+    """Tensors that are the same but for their layer or expert as one, in the order in which they first
+    come.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[StoredTensor, _Numbered]]] = {}
     for tensor in tensors:
-        name = (layer_of(tensor.name) or (tensor.name,))[0]
-        key = (name, tensor.content, tensor.dtype, tensor.shape, tensor.layers, tensor.boxes)
-        groups.setdefault(key, []).append(tensor)
-    return [
-        TensorGroup(
-            name=group[0].name if len(group) == 1 else key[0],
-            first=group[0],
-            layers=group[0].layers if len(group) == 1 else len(group),
-            bytes=sum(tensor.bytes for tensor in group),
-            files=tuple(dict.fromkeys(file for tensor in group for file in tensor.files)),
+        number = _numbered(tensor.name)
+        key = (number.name, tensor.content, tensor.dtype, tensor.shape, tensor.layers, tensor.boxes)
+        groups.setdefault(key, []).append((tensor, number))
+    found = []
+    for key, group in groups.items():
+        first, alone = group[0][0], len(group) == 1
+        layers = {number.layer for _, number in group if number.layer is not None}
+        experts = {number.expert for _, number in group if number.expert is not None}
+        found.append(
+            TensorGroup(
+                name=first.name if alone else key[0],
+                first=first,
+                layers=first.layers if alone else first.layers or len(layers),
+                experts=first.experts or (None if alone else len(experts) or None),
+                bytes=sum(tensor.bytes for tensor, _ in group),
+                files=tuple(dict.fromkeys(file for tensor, _ in group for file in tensor.files)),
+            )
         )
-        for key, group in groups.items()
-    ]
+    return found
 
 
 def summed(tensors: Sequence[StoredTensor]) -> tuple[ContentSummary, ...]:
@@ -227,7 +267,7 @@ def summed(tensors: Sequence[StoredTensor]) -> tuple[ContentSummary, ...]:
                 ContentSummary(
                     content=content,
                     keys=len(mine),
-                    tensors=sum(1 if tensor.layers is None else tensor.layers for tensor in mine),
+                    tensors=sum(_count(tensor) for tensor in mine),
                     boxes=sum(box.count for tensor in mine for box in tensor.boxes),
                     elements=sum(math.prod(tensor.shape) for tensor in mine),
                     bytes=sum(tensor.bytes for tensor in mine),
@@ -235,3 +275,8 @@ def summed(tensors: Sequence[StoredTensor]) -> tuple[ContentSummary, ...]:
                 )
             )
     return tuple(found)
+
+
+def _count(tensor: StoredTensor) -> int:
+    """Tensors that are stacked in one."""
+    return math.prod(size for size in (tensor.layers, tensor.experts) if size is not None)

@@ -1,16 +1,13 @@
 """Stored weights into the Megatron model of a running rank; only the bytes of its own part are read."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from converters.adapter import PeftAdapter
-from converters.mapping import Weight
 from converters.model import open_model
-from converters.source import Source
 from engine.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -32,30 +29,17 @@ def load_model_weights(
     model = open_model(model_dir)
     assert model.spec == spec, f"{model_dir} is not the model that the chunks were built for"
     parameters = list(named_weights(chunks, groups.layout, groups.pp_rank))
-    parts = local_tensors(
-        model.source,
-        model.weights,
-        (p.name for p in parameters),
-        tp_rank=groups.tp_rank,
-        tp_size=groups.layout.tp,
-    )
-    for weight, (name, part) in zip(parameters, parts, strict=True):
-        assert part.shape == weight.parameter.shape, f"{name}: {part.shape} is not {weight.parameter.shape}"
-        weight.parameter.copy_(part)
-
-
-def local_tensors(
-    source: Source, weights: Mapping[str, Weight], names: Iterable[str], *, tp_rank: int, tp_size: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (canonical name, this tensor-parallel rank's part) for each of `names`, one tensor in memory at a
-    time.
-
-    The part has the shape of the Megatron parameter, vocabulary padding included, and the stored dtype. With
-    tied embeddings the last pipeline stage asks for `embedding.word_embeddings.weight`, of which its output
-    layer is a copy.
-    """
-    for name in names:
-        yield name, weights[name].to_megatron(source.read_slice, tp_rank, tp_size)
+    for weight in parameters:
+        # An expert's matrices are shared among ranks of their own.
+        place = (groups.tp_rank, groups.layout.tp)
+        if weight.expert is not None:
+            place = (groups.etp_rank, groups.layout.etp)
+        part, own = (
+            model.weights[weight.name].to_megatron(model.source.read_slice, *place),
+            weight.part(weight.parameter),
+        )
+        assert part.shape == own.shape, f"{weight.name}: {part.shape} is not {own.shape}"
+        own.copy_(part)
 
 
 @torch.no_grad()

@@ -258,7 +258,7 @@ def _vocabulary(name: str, tensor: HfTensor) -> Vocabulary:
 
 def _layer(spec: ModelSpec, layer: int) -> list[Weight]:
     megatron, hf = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-    hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
+    hidden = spec.hidden_size
     q_rows, kv_rows = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
 
     def tensor(name: str, *shape: int) -> HfTensor:
@@ -286,15 +286,46 @@ def _layer(spec: ModelSpec, layer: int) -> list[Weight]:
     if spec.qk_norm:
         weights.append(norm("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", spec.head_dim))
         weights.append(norm("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", spec.head_dim))
-    proj, down = (
-        tensor("self_attn.o_proj.weight", hidden, q_rows),
-        tensor("mlp.down_proj.weight", hidden, ffn),
-    )
-    gate, up = tensor("mlp.gate_proj.weight", ffn, hidden), tensor("mlp.up_proj.weight", ffn, hidden)
+    proj = tensor("self_attn.o_proj.weight", hidden, q_rows)
+    weights.append(Sharded(name=megatron + "self_attention.linear_proj.weight", hf=(proj,), axis=1))
+    after_attention = "post_attention_layernorm.weight"
+    if not spec.has_experts(layer):
+        return [
+            *weights,
+            norm("mlp.linear_fc1.layer_norm_weight", after_attention, hidden),
+            *_mlp(megatron + "mlp.", hf + "mlp.", hidden, spec.ffn_hidden_size),
+        ]
+    # The router reads the normed tokens too, so Transformer Engine has this norm as a module of its own.
+    return [*weights, norm("pre_mlp_layernorm.weight", after_attention, hidden), *_experts(spec, layer)]
+
+
+def _mlp(megatron: str, hf: str, hidden: int, width: int, suffix: str = "") -> list[Weight]:
+    """Gate and up, and down, of an MLP whose names begin with `megatron` and `hf`."""
+    gate, up = (HfTensor(name=f"{hf}{name}_proj.weight", shape=(width, hidden)) for name in ("gate", "up"))
+    down = HfTensor(name=f"{hf}down_proj.weight", shape=(hidden, width))
     return [
-        *weights,
-        Sharded(name=megatron + "self_attention.linear_proj.weight", hf=(proj,), axis=1),
-        norm("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", hidden),
-        GatedMLP(name=megatron + "mlp.linear_fc1.weight", hf=(gate, up)),
-        Sharded(name=megatron + "mlp.linear_fc2.weight", hf=(down,), axis=1),
+        GatedMLP(name=f"{megatron}linear_fc1.weight{suffix}", hf=(gate, up)),
+        Sharded(name=f"{megatron}linear_fc2.weight{suffix}", hf=(down,), axis=1),
     ]
+
+
+def _experts(spec: ModelSpec, layer: int) -> list[Weight]:
+    """The MLP of a layer with experts, each expert by its index, as Transformer Engine's grouped linears name
+    them.
+    """
+    moe, hidden = spec.moe, spec.hidden_size
+    assert moe is not None
+    megatron, hf = f"decoder.layers.{layer}.mlp.", f"model.layers.{layer}.mlp."
+    router = HfTensor(name=f"{hf}gate.weight", shape=(moe.num_experts, hidden))
+    weights: list[Weight] = [Replicated(name=f"{megatron}router.weight", hf=(router,))]
+    for expert in range(moe.num_experts):
+        weights += _mlp(
+            f"{megatron}experts.", f"{hf}experts.{expert}.", hidden, moe.ffn_hidden_size, suffix=str(expert)
+        )
+    if moe.shared_ffn_hidden_size is not None:
+        gate = HfTensor(name=f"{hf}shared_expert_gate.weight", shape=(1, hidden))
+        weights += _mlp(
+            f"{megatron}shared_experts.", f"{hf}shared_expert.", hidden, moe.shared_ffn_hidden_size
+        )
+        weights.append(Replicated(name=f"{megatron}shared_experts.gate_weight", hf=(gate,)))
+    return weights

@@ -198,8 +198,16 @@ def _config_differences(spec: ModelSpec, other: Path) -> tuple[str, ...]:
     directory = config_dir_of(other)
     if is_dist_checkpoint(other) and not directory.is_dir():
         return ()
-    mine, theirs = asdict(spec), asdict(load_model_spec(directory))
-    return tuple(f"{key}: {mine[key]}, {theirs[key]}" for key in mine if mine[key] != theirs[key])
+    mine, theirs = _description(spec), _description(load_model_spec(directory))
+    pairs = {key: (mine.get(key), theirs.get(key)) for key in mine | theirs}
+    return tuple(f"{key}: {a}, {b}" for key, (a, b) in pairs.items() if a != b)
+
+
+def _description(spec: ModelSpec) -> dict[str, Any]:
+    """Every field by its name, those of a mixture of experts as `moe.<name>`."""
+    fields = asdict(spec)
+    moe = fields.pop("moe")
+    return fields | {f"moe.{name}": value for name, value in (moe or {}).items()}
 
 
 _Job = Callable[[], TensorReport]

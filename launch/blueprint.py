@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from engine.config.batch import BatchShape, resolve_batch_shape
-from engine.config.options import LoraOptions, SftConfig
+from engine.config.options import LoraOptions, MoeOptions, SftConfig
 from engine.config.parallel import ParallelLayout
 from engine.config.parse import flatten
 from engine.errors import CheckpointError, ConfigError, OutputError
@@ -72,6 +72,8 @@ def draw(config: SftConfig, world: World, *, damaged: Collection[Path] = ()) -> 
     spec = load_model_spec(options.model)
     layout = ParallelLayout.resolve(config.parallel, num_layers=spec.num_layers, world_size=world.size)
     spec.check_tensor_parallel(layout.tp)
+    spec.check_expert_parallel(layout.ep, layout.etp)
+    _check_experts(config, spec)
     spec.check_context_parallel(layout.tp, layout.cp, layout.cp_comm_type)
     layout.check_cp_comm_type(has_te=options.transformer_impl != "torch" and options.device != "cpu")
     output_dir = Path(run.output_dir)
@@ -181,6 +183,30 @@ def _check_ranges(config: SftConfig) -> None:
         raise ConfigError(f"warmup_ratio must be in [0, 1], not {values['warmup_ratio']}")
     if not 0 <= values["seed"] < 2**32:
         raise ConfigError(f"seed must be in [0, 2**32), not {values['seed']}")
+
+
+def _check_experts(config: SftConfig, spec: ModelSpec) -> None:
+    options, default = config.moe, MoeOptions()
+    changed = [name for name in vars(default) if getattr(options, name) != getattr(default, name)]
+    if spec.moe is None:
+        if changed:
+            raise ConfigError(f"{changed[0]}: {spec.architecture} has no experts; leave it out")
+        return
+    if config.model.train_type == "lora":
+        raise ConfigError("train_type lora is not proven for a mixture of experts; use --train_type full")
+    for name in ("router_aux_loss_coef", "moe_z_loss_coeff"):
+        if (getattr(options, name) or 0.0) < 0:
+            raise ConfigError(f"{name} must not be negative, not {getattr(options, name)}")
+    factor, policy = options.moe_expert_capacity_factor, options.moe_token_drop_policy
+    if factor is not None and factor <= 0:
+        raise ConfigError(f"moe_expert_capacity_factor must be positive, not {factor}")
+    if factor is not None and policy is None:
+        raise ConfigError(
+            f"moe_expert_capacity_factor {factor} drops tokens; say which by moe_token_drop_policy, or leave "
+            f"it out"
+        )
+    if policy is not None and factor is None:
+        raise ConfigError("moe_token_drop_policy needs moe_expert_capacity_factor")
 
 
 def check_files(blueprint: Blueprint) -> None:

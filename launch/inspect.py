@@ -13,7 +13,7 @@ from engine.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from converters.inspection import Inspection, StoredTensor
+    from converters.inspection import Inspection, ModelSummary, StoredTensor
 
 _USAGE = """usage: braid inspect PATH [--flag value ...]
 
@@ -58,8 +58,8 @@ def inspect(argv: Sequence[str]) -> int:
     `--json` prints an object whose keys stay: `path`, `kind` (converted, training, adapter, megatron,
     huggingface, peft), `step`, `step_source`, `total_steps`, `model`, `adapter`, `layout`, `contents` (by
     weights, adapter, optimizer, other: `keys`, `tensors`, `boxes`, `elements`, `bytes`, `dtypes`), `tensors`
-    (`name`, `content`, `shape`, `dtype`, `layers`, `boxes` as `sizes` and `count`, `bytes`, `files`),
-    `manifest`, `files` (`name`, `bytes`), `problems` (`file`, `text`), `notes`, `good`, `bytes` and
+    (`name`, `content`, `shape`, `dtype`, `layers`, `experts`, `boxes` as `sizes` and `count`, `bytes`,
+    `files`), `manifest`, `files` (`name`, `bytes`), `problems` (`file`, `text`), `notes`, `good`, `bytes` and
     `file_bytes`. What a checkpoint does not have is null; `converters.inspection` says what the values mean.
     """
     if "--help" in argv or "-h" in argv:
@@ -169,19 +169,32 @@ def _model_words(found: "Inspection") -> str:
     parts = [
         ("", model.num_layers, "layers"),
         ("hidden", model.hidden_size, ""),
-        ("ffn", model.ffn_hidden_size, ""),
+        ("ffn", model.ffn_hidden_size if model.layers_with_experts != model.num_layers else None, ""),
         ("", model.num_attention_heads, "heads"),
         ("", model.num_query_groups, "query groups"),
         ("head dimension", model.head_dim, ""),
         ("vocabulary", model.vocab_size, "" if model.described_by == "config.json" else "(padded)"),
     ]
     words = [" ".join(w for w in (a, f"{n}", b) if w) for a, n, b in parts if n is not None]
+    words += _expert_words(model)
     if model.tied_embeddings:
         words.append("tied embeddings")
     if model.parameters is not None:
         words.append(f"{model.parameters:,} parameters")
     name = model.architecture or "unknown architecture"
     return f"{name}: {', '.join(words)} (from {model.described_by})"
+
+
+def _expert_words(model: "ModelSummary") -> list[str]:
+    if model.num_experts is None:
+        return []
+    experts = f"{model.num_experts} experts of ffn {model.expert_ffn_hidden_size}"
+    if model.experts_per_token is not None:
+        experts += f" ({model.experts_per_token} a token)"
+    if model.layers_with_experts not in (None, model.num_layers):
+        experts += f" in {model.layers_with_experts} layers"
+    shared = model.shared_ffn_hidden_size
+    return [experts] if shared is None else [experts, f"shared expert of ffn {shared}"]
 
 
 def _adapter_words(found: "Inspection") -> str:
@@ -203,7 +216,7 @@ def _layout_words(found: "Inspection") -> str:
     layout = found.layout
     if layout is None:
         return ""
-    degrees = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "dp")}
+    degrees = {name: getattr(layout, name) for name in ("tp", "pp", "vpp", "cp", "dp", "ep", "etp")}
     words = [f"{name} {degree}" for name, degree in degrees.items() if degree is not None]
     if layout.source == "deduced":
         if layout.tp == 1:
@@ -243,22 +256,24 @@ def _contents(found: "Inspection") -> "Table":
 
 
 def _tensors(found: "Inspection", *, each: bool) -> "Table":
-    """Every tensor, or all but the optimizer's with the layers of each taken together."""
+    """Every tensor, or all but the optimizer's with the layers and experts of each taken together."""
     from converters.inspection import grouped
     from engine.storage.files import shown
 
     cut = ["boxes"] if found.layout is not None else []  # a safetensors file cuts nothing
-    columns = ["name", "layers", "shape", "dtype", *cut, "size", "files"]
-    table = _table("tensors", *columns, right=("layers", "size"))
     groups = [group for tensor in found.tensors for group in grouped([tensor])]
     if not each:
         groups = grouped([tensor for tensor in found.tensors if tensor.content != "optimizer"])
+    experts = ["experts"] if any(group.experts is not None for group in groups) else []
+    columns = ["name", "layers", *experts, "shape", "dtype", *cut, "size", "files"]
+    table = _table("tensors", *columns, right=("layers", "experts", "size"))
     for group in groups:
         tensor = group.first
         _add(
             table,
             shown(group.name),
             group.layers,
+            *(group.experts for _ in experts),
             list(tensor.shape),
             shown(tensor.dtype),
             *(_boxes_words(tensor) for _ in cut),

@@ -197,7 +197,7 @@ def train(
     train_data = training_loader(blueprint, data, dp_rank=groups.dp_rank)
     if groups.rank == 0:
         _announce(blueprint, data, train_data)
-    chunks = build_chunks(spec, layout, platform, config.recompute, groups, lora)
+    chunks = build_chunks(spec, layout, platform, config.recompute, groups, lora, config.moe)
     load_weights(chunks, blueprint, groups)
     models = wrap_data_parallel(chunks, config.optimizer, groups)
     optimizer = build_optimizer(models, config.optimizer, groups, platform.dtype)

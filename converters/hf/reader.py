@@ -8,7 +8,7 @@ import json
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ITEM_BYTES = {code: dtype.itemsize for code, dtype in DTYPES.items()} | {FP8: 1}
 _BUFFERS = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 _MAX_DIMENSIONS = 64  # torch's
+_FUSED = re.compile(r".*\.mlp\.experts\.(gate_up_proj|gate_proj|up_proj|down_proj)")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -332,6 +333,15 @@ def model_tensors(source: HfWeights) -> list[str]:
     return [name for name in source.names() if not _BUFFERS.fullmatch(name)]
 
 
+def refuse_fused_experts(where: Path, names: Iterable[str]) -> None:
+    """Raise ModelError if all experts of a layer are in one tensor, as transformers has them in memory."""
+    if fused := [name for name in names if _FUSED.fullmatch(name)]:
+        raise ModelError(
+            f"{where}: weight {shown(fused[0])} holds all experts of a layer at once{and_more(fused)}; save "
+            f"the model with transformers' save_pretrained, which writes one tensor an expert, as on the hub"
+        )
+
+
 def check_weights(
     source: HfWeights, weights: Mapping[str, Weight], *, described_by: str = "config.json"
 ) -> None:
@@ -344,6 +354,7 @@ def check_weights(
     """
     where, expected = source.directory, hf_tensors(weights)
     found, stored = model_tensors(source), set(source.names())
+    refuse_fused_experts(where, found)
     if missing := [name for name in expected if name not in stored]:
         raise ModelError(
             f"{where}: weight {missing[0]} {list(expected[missing[0]].shape)} is missing{and_more(missing)}; "

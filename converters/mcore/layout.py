@@ -1,7 +1,7 @@
 """Laying out a torch_dist checkpoint that Megatron loads under any layout: which box lies where in which
 file.
 
-One box a Megatron tensor, or a row of a stacked one, so nothing depends on how many processes write.
+One box a Megatron tensor, or one of those stacked in it, so nothing depends on how many processes write.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from converters.mapping import Weight
-from converters.mcore.reader import stacked_key
+from converters.mcore.places import Place, place_of
 from converters.transfer import OutputFile, Piece, TensorData
 from engine.storage.layout import FileLayout, PlacedBox, merge_boxes
 from engine.storage.metadata import DistTensor, prepare_to_write
@@ -43,13 +43,22 @@ class _Box:
 
 
 def plan_checkpoint(
-    weights: Mapping[str, Weight], dtypes: Mapping[str, torch.dtype], *, file_size: int = FILE_SIZE
+    weights: Mapping[str, Weight],
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    stacked: bool = True,
+    file_size: int = FILE_SIZE,
 ) -> DistPlan:
-    """`dtypes` is by key of the checkpoint; `weights` in the order in which they are written."""
+    """`dtypes` is by key of the checkpoint; `weights` in the order in which they are written; `stacked` says
+    whether layers are.
+    """
     prepare_to_write()
-    stacked = [stacked_key(name) for name in weights]
-    layers = 1 + max((place.layer for place in stacked if place.layer is not None), default=0)
-    boxes = [_box(weight, dtypes[stacked_key(weight.name).key], layers) for weight in weights.values()]
+    places = {name: place_of(name, stacked=stacked) for name in weights}
+    sizes = _StackSizes(
+        layers=1 + max((place.layer for place in places.values() if place.layer is not None), default=0),
+        experts=1 + max((place.expert for place in places.values() if place.expert is not None), default=0),
+    )
+    boxes = [_box(weight, dtypes[places[name].key], places[name], sizes) for name, weight in weights.items()]
     files: list[OutputFile] = []
     placed: list[PlacedBox] = []
     for number, group in enumerate(_fill(boxes, file_size)):
@@ -64,13 +73,29 @@ def plan_checkpoint(
     return DistPlan(files=tuple(files), tensors=tuple(tensors))
 
 
-def _box(weight: Weight, dtype: torch.dtype, layers: int) -> _Box:
-    place, data = stacked_key(weight.name), _data(weight, dtype)
-    shape = (sum(piece.stop - piece.start for piece in data.pieces), *weight.shape[1:])
-    if place.layer is None:
-        return _Box(key=place.key, shape=shape, offsets=(0,) * len(shape), sizes=shape, data=data)
-    offsets = (place.layer, *(0 for _ in shape))
-    return _Box(key=place.key, shape=(layers, *shape), offsets=offsets, sizes=(1, *shape), data=data)
+@dataclass(frozen=True, kw_only=True)
+class _StackSizes:
+    """How many layers and experts are stacked."""
+
+    layers: int
+    experts: int
+
+    def lead(self, place: Place) -> tuple[int, ...]:
+        """The leading dimensions of a place's key."""
+        axes = ((place.layer, self.layers), (place.expert, self.experts))
+        return tuple(size for index, size in axes if index is not None)
+
+
+def _box(weight: Weight, dtype: torch.dtype, place: Place, sizes: _StackSizes) -> _Box:
+    data = _data(weight, dtype)
+    own = (sum(piece.stop - piece.start for piece in data.pieces), *weight.shape[1:])
+    return _Box(
+        key=place.key,
+        shape=(*sizes.lead(place), *own),
+        offsets=(*place.lead, *(0 for _ in own)),
+        sizes=(*(1 for _ in place.lead), *own),
+        data=data,
+    )
 
 
 def _fill(boxes: Sequence[_Box], file_size: int) -> list[list[_Box]]:

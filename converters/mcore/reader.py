@@ -1,14 +1,12 @@
 """Models in Megatron-Core's `torch_dist` checkpoints, by their canonical names.
 
-The layers of a decoder are stacked: `decoder.layers.3.mlp.linear_fc1.weight` is row 3 of
-the key `decoder.layers.mlp.linear_fc1.weight` with global shape [layers, ...]. fc1 is [gate; up] whatever the
-tensor parallelism was. Keys of the optimizer contain `optimizer.`; only `embedding.`, `decoder.` and
-`output_layer.` keys are the model.
+`converters.mcore.places` says what is stacked in which key. fc1 is [gate; up] whatever the tensor
+parallelism was. Keys of the optimizer contain `optimizer.`; only `embedding.`, `decoder.` and `output_layer.`
+keys are the model.
 """
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from converters.hf.reader import WEIGHT_DTYPES
 from converters.mapping import Vocabulary, Weight
+from converters.mcore.places import Place, name_at, place_of
 from converters.source import Source, new_or_given
 from engine.errors import CheckpointError
 from engine.storage.files import and_more, dtype_name, shown
@@ -24,53 +23,46 @@ from engine.storage.reader import TorchDistReader, check_files
 
 MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
 
-_MOST_LAYERS = 10_000
-"""Of which surplus ones are named; a damaged file may claim any number."""
-_LAYER = re.compile(r"(.*\bdecoder\.layers)\.(\d+)\.(.+)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StackedKey:
-    """A key of the checkpoint and, for a decoder layer's tensor, the row of it."""
-
-    key: str
-    layer: int | None
-
-
-def stacked_key(name: str) -> StackedKey:
-    """`decoder.layers.3.x` -> key `decoder.layers.x`, layer 3. Other names are their own key."""
-    match = _LAYER.fullmatch(name)
-    if match is None:
-        return StackedKey(key=name, layer=None)
-    return StackedKey(key=f"{match[1]}.{match[3]}", layer=int(match[2]))
+_MOST = 10_000
+"""Indices of an axis that are looked at for surplus ones, and names of those in a key; a damaged file may
+claim any number.
+"""
 
 
 class DistReader(TorchDistReader):
     """The tensors of a torch_dist checkpoint by their canonical names, saved under any layout."""
 
-    def locate(self, name: str) -> tuple[DistTensor, int | None]:
-        """The stored tensor of a canonical name, and the layer's row if it is stacked. Raises
-        CheckpointError.
+    def find(self, name: str) -> Place | None:
+        """Where a canonical name is, or would be if its key stacked enough; None if there is no such key."""
+        if name in self.tensors:
+            return Place(key=name)
+        # Layers that differ from one another are saved one by one.
+        places = (place_of(name, stacked=stacked) for stacked in (False, True))
+        return next((place for place in places if place.key in self.tensors), None)
+
+    def locate(self, name: str) -> tuple[DistTensor, tuple[int, ...]]:
+        """The stored tensor of a canonical name, and the index of the part of it that is meant, () for all.
+        Raises CheckpointError.
         """
-        if name in self.tensors:  # layers that differ from one another are saved one by one
-            return self.tensors[name], None
-        stacked = stacked_key(name)
-        tensor = self.tensors.get(stacked.key)
-        if tensor is None:
+        place = self.find(name)
+        if place is None:
             raise CheckpointError(
                 f"{self.directory}: weight {name} is missing; this is a checkpoint of another model"
             )
-        if stacked.layer is not None and (not tensor.shape or stacked.layer >= tensor.shape[0]):
-            raise CheckpointError(
-                f"{self.directory}: {stacked.key} has shape {shown(list(tensor.shape))}, so no layer "
-                f"{stacked.layer}; this is a checkpoint of another model"
-            )
-        return tensor, stacked.layer
+        tensor = self.tensors[place.key]
+        sizes = (*tensor.shape, *(0 for _ in place.lead))
+        for size, index, words in zip(sizes, place.lead, place.words, strict=False):
+            if index >= size:
+                raise CheckpointError(
+                    f"{self.directory}: {place.key} has shape {shown(list(tensor.shape))}, so no {words}; "
+                    f"this is a checkpoint of another model"
+                )
+        return tensor, place.lead
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the full tensor of a canonical name, vocabulary padding included."""
-        tensor, layer = self.locate(name)
-        return tensor.shape if layer is None else tensor.shape[1:]
+        tensor, lead = self.locate(name)
+        return tensor.shape[len(lead) :]
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a canonical name."""
@@ -111,35 +103,40 @@ class DistReader(TorchDistReader):
 
         Raises CheckpointError for a missing box, a truncated file or a box that is not what `.metadata` says.
         """
-        tensor, layer = self.locate(name)
-        shape = tensor.shape if layer is None else tensor.shape[1:]
+        tensor, lead = self.locate(name)
+        shape = tensor.shape[len(lead) :]
         assert 0 <= start <= stop <= shape[0], f"rows [{start}, {stop}) of {name} {shape}"
         rows = new_or_given((stop - start, *shape[1:]), tensor.dtype, out)
-        offsets = (start, *(0 for _ in shape[1:]))
-        if layer is None:
-            self.read_region(tensor.key, offsets, rows, named=name)
-        else:
-            self.read_region(tensor.key, (layer, *offsets), rows[None], named=name)
+        offsets = (*lead, start, *(0 for _ in shape[1:]))
+        self.read_region(tensor.key, offsets, rows[(None,) * len(lead)], named=name)
         return rows
 
 
 def surplus_names(
     reader: DistReader, weights: Mapping[str, Weight], *, prefixes: tuple[str, ...] = MODEL_PREFIXES
 ) -> list[str]:
-    """Tensors of the checkpoint's model that the map does not have, layers of stacked keys by their index."""
-    wanted = {stacked_key(name).key for name in weights} | set(weights)
-    layers = {place.layer for place in map(stacked_key, weights) if place.layer is not None}
-    names = []
+    """Tensors of the checkpoint's model that the map does not have, what is stacked by its canonical name."""
+    wanted: dict[str, set[tuple[int, ...]]] = {}
+    for place in map(reader.find, weights):
+        if place is not None:
+            wanted.setdefault(place.key, set()).add(place.lead)
+    names: list[str] = []
     for key, tensor in reader.tensors.items():
         if not key.startswith(prefixes) or "._extra_state" in key:
             continue
         if key not in wanted:
             names.append(key)
-        elif key not in weights:  # stacked
-            head, _, tail = key.partition("decoder.layers.")
-            rows = range(min(tensor.shape[0], _MOST_LAYERS))
-            names += [f"{head}decoder.layers.{i}.{tail}" for i in rows if i not in layers]
+        else:
+            names += itertools.islice(_others(tensor, wanted[key]), _MOST)
     return names
+
+
+def _others(tensor: DistTensor, leads: set[tuple[int, ...]]) -> Iterator[str]:
+    """Canonical names of what a tensor stacks besides `leads`."""
+    axes = tensor.shape[: len(next(iter(leads)))]
+    for lead in itertools.product(*(range(min(size, _MOST)) for size in axes)):
+        if lead not in leads:
+            yield name_at(tensor.key, lead)
 
 
 def check_checkpoint(
@@ -180,8 +177,9 @@ class McoreSource(Source):
         self._places = {name: place for w in weights.values() for name, place in w.places().items()}
 
     def files(self) -> list[Path]:
-        stored = (self._reader.locate(weight.name)[0] for weight in self._weights.values())
-        names = dict.fromkeys(chunk.file for tensor in stored for chunk in tensor.chunks)
+        located = (self._reader.locate(weight.name)[0] for weight in self._weights.values())
+        stored = {tensor.key: tensor for tensor in located}  # one tensor is many weights
+        names = dict.fromkeys(chunk.file for tensor in stored.values() for chunk in tensor.chunks)
         return [self.directory / METADATA_FILE, *(self.directory / name for name in names)]
 
     def shape(self, name: str) -> tuple[int, ...]:

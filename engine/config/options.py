@@ -216,6 +216,28 @@ class ParallelOptions:
 
 
 @dataclass(kw_only=True)
+class MoeOptions:
+    """Models with a mixture of experts."""
+
+    router_aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss; default: that of the model's configuration; 0 switches it off."""
+
+    moe_z_loss_coeff: float = 0.0
+    """Weight of the router's z-loss, which keeps its logits small."""
+
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts: each is sent to the ranks of its experts, or all ranks see all."""
+
+    moe_expert_capacity_factor: float | None = None
+    """An expert takes at most this many times its even share of a rank's micro-batch, and the rest is
+    dropped; default: no token is dropped.
+    """
+
+    moe_token_drop_policy: Literal["probs", "position"] | None = None
+    """Which tokens an expert beyond its capacity drops: those with the smallest weights, or the last."""
+
+
+@dataclass(kw_only=True)
 class RunOptions:
     """What a run leaves behind and how it is watched."""
 
@@ -314,5 +336,6 @@ class SftConfig:
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     recompute: RecomputeOptions = field(default_factory=RecomputeOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    moe: MoeOptions = field(default_factory=MoeOptions)
     run: RunOptions = field(default_factory=RunOptions)
     launch: LaunchOptions = field(default_factory=LaunchOptions)

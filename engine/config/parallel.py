@@ -42,6 +42,12 @@ class ParallelLayout:
     layers_per_chunk: tuple[int, ...]
     """Decoder layers of the pp * vpp chunks in pipeline order; chunk c lives on pipeline rank c % pp."""
 
+    ep: int = 1
+    """Ranks that share the experts of a layer, among those with the same layers."""
+
+    etp: int = 1
+    """Ranks that share an expert's matrices."""
+
     @classmethod
     def resolve(cls, options: ParallelOptions, *, num_layers: int, world_size: int) -> "ParallelLayout":
         """Check the degrees against each other, the model's depth and the number of ranks. Raises
@@ -61,10 +67,10 @@ class ParallelLayout:
             "expert_model_parallel_size": options.expert_model_parallel_size,
             "expert_tensor_parallel_size": etp,
         }
+        ep = options.expert_model_parallel_size
         for name, degree in degrees.items():
             if degree < 1:
                 raise ConfigError(f"{name} must be at least 1, not {degree}")
-        cls._refuse_unproven(options)
         if vpp > 1 and pp == 1:
             raise ConfigError(
                 "virtual_pipeline_model_parallel_size needs pipeline_model_parallel_size of at least 2"
@@ -73,6 +79,11 @@ class ParallelLayout:
             raise ConfigError(
                 f"{world_size} processes do not hold TP {tp} x PP {pp} x CP {cp} = {tp * pp * cp} ranks; "
                 f"start a multiple of {tp * pp * cp} processes (NPROC_PER_NODE, NNODES)"
+            )
+        if (world_size // pp) % (ep * etp):
+            raise ConfigError(
+                f"the {world_size // pp} ranks of a pipeline stage cannot be dealt to "
+                f"expert_model_parallel_size {ep} x expert_tensor_parallel_size {etp}; choose divisors"
             )
         sequence_parallel = tp > 1 if options.sequence_parallel is None else options.sequence_parallel
         if sequence_parallel and tp == 1:
@@ -88,16 +99,10 @@ class ParallelLayout:
             cp_comm_type=options.cp_comm_type,
             dp=world_size // (tp * pp * cp),
             sequence_parallel=sequence_parallel,
+            ep=ep,
+            etp=etp,
             layers_per_chunk=_split_layers(num_layers, pp * vpp, options.decoder_layers_per_stage),
         )
-
-    @staticmethod
-    def _refuse_unproven(options: ParallelOptions) -> None:
-        """A layout whose parity with transformers is not shown by a test is refused, not warned about."""
-        if options.expert_model_parallel_size > 1 or (options.expert_tensor_parallel_size or 1) > 1:
-            raise ConfigError(
-                "expert parallelism needs a mixture-of-experts model, not available in this version; use 1"
-            )
 
     def place(self, rank: int) -> RankPlace:
         """The grid coordinates of a global rank."""
@@ -153,9 +158,10 @@ class ParallelLayout:
     def summary(self) -> str:
         """Degrees on one line."""
         vpp = f" x VPP {self.vpp}" if self.vpp > 1 else ""
+        experts = f"experts EP {self.ep} x ETP {self.etp}, " if self.ep * self.etp > 1 else ""
         return (
             f"{self.world_size} ranks = TP {self.tp} x PP {self.pp}{vpp} x CP {self.cp} x DP {self.dp}, "
-            f"sequence parallel {'on' if self.sequence_parallel else 'off'}"
+            f"{experts}sequence parallel {'on' if self.sequence_parallel else 'off'}"
         )
 
     def grid(self, *, max_rows: int = 32) -> str:

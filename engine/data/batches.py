@@ -50,6 +50,13 @@ class MicroBatch:
     num_supervised: int
     """Number of True in loss_mask."""
 
+    def real_tokens(self) -> torch.Tensor:
+        """bool [T]: tokens that are no padding."""
+        real = torch.zeros(self.tokens.numel(), dtype=torch.bool)
+        for start, length in zip(self.cu_seqlens.tolist(), self.lengths, strict=False):
+            real[start : start + length] = True
+        return real
+
 
 def collate(
     rows: Sequence[EncodedRow], *, pad_id: int, pad_to_multiple_of: int, pad_rows_to_multiple_of: int = 1

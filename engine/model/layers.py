@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.model.attention import Segments, attend
 from engine.model.context_parallel import ContextParallel
+from engine.model.router import Balance
 from engine.model.spec import RopeSpec
 
 
@@ -37,6 +38,26 @@ class DocumentParams(PackedSeqParams):
     """
 
     sin: Tensor | None = None
+
+    routing: "Routing | None" = None
+    """Of a model with experts."""
+
+    balance: Balance | None = None
+    """What the routers of a chunk have seen; every chunk has its own."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Routing:
+    """What the load-balancing loss of a micro-batch needs, and on the last stage its values."""
+
+    real: Tensor
+    """bool [T]: tokens of this context-parallel rank that are no padding."""
+    tokens: int
+    """Real tokens of the whole micro-batch."""
+    supervised: int
+    """Supervised tokens of the whole micro-batch."""
+    losses: Tensor | None = None
+    """float32 [2]: load-balancing and z loss, without their coefficients; there after the last chunk."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

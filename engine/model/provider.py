@@ -9,27 +9,38 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from engine.config.options import RecomputeOptions
+from engine.config.options import MoeOptions, RecomputeOptions
 from engine.config.parallel import ParallelLayout
 from engine.errors import ConfigError
+from engine.model.experts import ExpertLayer, GroupedExperts, MixtureOfExperts, SharedExpert
 from engine.model.gpt import BraidGPTModel
 from engine.model.layers import CoreAttention, LayerParts, RMSNorm
 from engine.model.lora import A, B, attach_lora
 from engine.model.lora_spec import LoraSpec
+from engine.model.router import Router
 from engine.model.spec import ModelSpec
 from engine.runtime import mcore
 from engine.runtime.platform import Platform
 
 # Where the torch layers keep a norm -> where Megatron's Transformer Engine layers keep it, the canonical
 # name.
-CANONICAL_NORMS = {
+_CANONICAL_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 
 
+def canonical_norms(*, experts: bool) -> dict[str, str]:
+    """The table for a layer. Before experts the norm is a module of its own in both: the router reads it."""
+    return {name: te for name, te in _CANONICAL_NORMS.items() if not (experts and "mlp" in name)}
+
+
 def transformer_config(
-    spec: ModelSpec, layout: ParallelLayout, platform: Platform, recompute: RecomputeOptions
+    spec: ModelSpec,
+    layout: ParallelLayout,
+    platform: Platform,
+    recompute: RecomputeOptions,
+    moe: MoeOptions | None = None,
 ) -> TransformerConfig:
     """Megatron's configuration of the model. Raises ConfigError where the options contradict each other."""
     granularity, method, layers = _recompute(recompute)
@@ -86,8 +97,31 @@ def transformer_config(
         "recompute_method": method,
         "recompute_num_layers": layers,
         "distribute_saved_activations": False,
+        **(_experts(spec, layout, moe or MoeOptions()) if spec.moe is not None else {}),
     }
     return TransformerConfig(**mcore.known_fields(TransformerConfig, values))
+
+
+def _experts(spec: ModelSpec, layout: ParallelLayout, options: MoeOptions) -> dict[str, Any]:
+    moe = spec.moe
+    assert moe is not None
+    return {
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.etp,
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_router_topk": moe.top_k,
+        "moe_router_pre_softmax": not moe.normalize_top_k,
+        "moe_router_dtype": "fp32",
+        # Braid's router has the loss of all layers together.
+        "moe_router_load_balancing_type": "none",
+        "moe_expert_capacity_factor": options.moe_expert_capacity_factor,
+        "moe_token_drop_policy": options.moe_token_drop_policy or "probs",
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size,
+        "moe_shared_expert_gate": moe.shared_ffn_hidden_size is not None,
+        # A list makes Megatron store layers one by one, as it must where they differ.
+        "moe_layer_freq": 1 if all(moe.layers) else [int(sparse) for sparse in moe.layers],
+    }
 
 
 def _keep(weight: Tensor) -> Tensor:
@@ -110,11 +144,13 @@ def block_spec(
     config: TransformerConfig,
     platform: Platform,
     *,
-    num_layers: int,
+    sparse: Sequence[bool],
+    dispatcher: str,
     vp_stage: int | None,
     fused_norm: bool = True,
 ) -> Any:
-    """Megatron's specification of a chunk of `num_layers` decoder layers, with Braid's attention in it.
+    """Megatron's specification of a chunk of decoder layers, with Braid's attention in it; `sparse` says
+    which of them have experts.
 
     Without `fused_norm` the norms of Transformer Engine are modules of their own: LoRA reads what they
     return.
@@ -138,7 +174,8 @@ def block_spec(
 
         parts = te_parts()
     return TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(config, parts)] * num_layers, layer_norm=parts.norm
+        layer_specs=[_layer_spec(config, parts, dispatcher if experts else None) for experts in sparse],
+        layer_norm=parts.norm,
     )
 
 
@@ -153,11 +190,13 @@ def _torch_parts() -> LayerParts:
     )
 
 
-def _layer_spec(config: TransformerConfig, parts: LayerParts) -> Any:
+def _layer_spec(config: TransformerConfig, parts: LayerParts, dispatcher: str | None) -> Any:
+    """`dispatcher` is that of the layer's experts, None for a dense layer."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
@@ -169,9 +208,17 @@ def _layer_spec(config: TransformerConfig, parts: LayerParts) -> Any:
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
-    mlp = MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
+    if dispatcher is None:
+        linears = MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
+        mlp = ModuleSpec(module=MLP, submodules=linears)
+    else:
+        mlp = ModuleSpec(
+            module=MixtureOfExperts,
+            params={"dispatcher": dispatcher},
+            submodules=MoESubmodules(experts=GroupedExperts, shared_experts=SharedExpert, router=Router),
+        )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=TransformerLayer if dispatcher is None else ExpertLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.norm,
             self_attention=ModuleSpec(
@@ -179,9 +226,9 @@ def _layer_spec(config: TransformerConfig, parts: LayerParts) -> Any:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=parts.norm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=CANONICAL_NORMS,
+            sharded_state_dict_keys_map=canonical_norms(experts=dispatcher is not None),
         ),
     )
 
@@ -193,25 +240,30 @@ def build_chunks(
     recompute: RecomputeOptions,
     groups: mcore.Groups,
     lora: LoraSpec | None = None,
+    moe: MoeOptions | None = None,
 ) -> list[BraidGPTModel]:
     """The model chunks of this rank (one, or one per virtual stage), on its device, with unset weights.
 
     With `lora` they are frozen but for its adapters.
     """
+    moe = moe or MoeOptions()
     spec.check_tensor_parallel(layout.tp)
+    spec.check_expert_parallel(layout.ep, layout.etp)
     layout.check_cp_comm_type(has_te=platform.use_te)
-    config = transformer_config(spec, layout, platform, recompute)
+    config = transformer_config(spec, layout, platform, recompute, moe)
     chunks = []
     for index, vp_stage in enumerate(mcore.virtual_stages(layout)):
         layers = layout.chunks_of(groups.pp_rank)[index]
         pre_process, post_process = mcore.stage_flags(vp_stage)
         chunk = BraidGPTModel(
             spec=spec,
+            moe_options=moe,
             config=config,
             transformer_layer_spec=block_spec(
                 config,
                 platform,
-                num_layers=len(layers),
+                sparse=[spec.has_experts(layer) for layer in layers],
+                dispatcher=moe.moe_token_dispatcher_type,
                 vp_stage=vp_stage,
                 fused_norm=lora is None,
             ),
@@ -232,12 +284,21 @@ def build_chunks(
 
 @dataclass(frozen=True, kw_only=True)
 class NamedWeight:
-    """A parameter of this rank under its canonical Megatron name (see converters.mapping)."""
+    """A parameter of this rank under its canonical Megatron name (see converters.mapping), or the part of it
+    that is one expert's.
+    """
 
     name: str
     parameter: torch.nn.Parameter
     is_copy: bool
     """The last pipeline stage's copy of tied embeddings, kept equal to the first stage's by Megatron."""
+
+    expert: int | None = None
+    """Index in the parameter, whose first dimension are the experts of this rank."""
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """What belongs to this name of the parameter, or of a tensor of its shape."""
+        return tensor if self.expert is None else tensor[self.expert]
 
 
 def named_weights(
@@ -251,24 +312,32 @@ def named_weights(
             if own_name.endswith((A, B)):
                 continue
             name = own_name.replace(".base_layer.", ".")
+            canonical = canonical_name(name, first_layer=layers.start, spec=chunk.spec)
+            if ".mlp.experts." in name:
+                first = chunk.pg_collection.ep.rank() * parameter.shape[0]
+                for index in range(parameter.shape[0]):
+                    own = f"{canonical}{first + index}"
+                    yield NamedWeight(name=own, parameter=parameter, is_copy=False, expert=index)
+                continue
             yield NamedWeight(
-                name=canonical_name(name, first_layer=layers.start, tied=chunk.spec.tied_embeddings),
+                name=canonical,
                 parameter=parameter,
                 is_copy=name == "output_layer.weight" and chunk.spec.tied_embeddings,
             )
 
 
-def canonical_name(name: str, *, first_layer: int, tied: bool) -> str:
+def canonical_name(name: str, *, first_layer: int, spec: ModelSpec) -> str:
     """The canonical name of a chunk's parameter `name`; `first_layer` is the global index of the chunk's
     first layer.
     """
-    if name == "output_layer.weight" and tied:
+    if name == "output_layer.weight" and spec.tied_embeddings:
         return "embedding.word_embeddings.weight"
     prefix, found, rest = name.partition("decoder.layers.")
     if not found or prefix:
         return name
     local, _, rest = rest.partition(".")
-    for torch_name, te_name in CANONICAL_NORMS.items():
+    experts = spec.has_experts(first_layer + int(local))
+    for torch_name, te_name in canonical_norms(experts=experts).items():
         if rest.startswith(torch_name):
             rest = te_name + rest.removeprefix(torch_name)
     return f"decoder.layers.{first_layer + int(local)}.{rest}"

@@ -18,7 +18,12 @@ from engine.errors import ConfigError, ModelError
 VOCAB_MULTIPLE = 128
 
 Family = Literal["qwen2", "qwen3"]
-ARCHITECTURES: Mapping[str, Family] = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+ARCHITECTURES: Mapping[str, Family] = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3",
+}
 ROPE_TYPES = ("default", "linear", "yarn")
 
 FP8_REFUSAL = (
@@ -40,8 +45,27 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MoeSpec:
+    """The mixture of experts that some or all layers have in place of an MLP."""
+
+    num_experts: int
+    top_k: int
+    """Experts that a token goes to."""
+    ffn_hidden_size: int
+    """Width of an expert."""
+    shared_ffn_hidden_size: int | None
+    """Width of the expert that every token goes to, weighted by a gate of its own; None: there is none."""
+    normalize_top_k: bool
+    """Whether the weights of a token's experts are made to add up to 1."""
+    aux_loss_coef: float
+    """Weight of the load-balancing loss, `router_aux_loss_coef`."""
+    layers: tuple[bool, ...]
+    """Which decoder layers have experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A dense Qwen decoder. Sizes are counts of elements; names follow Megatron's TransformerConfig."""
+    """A Qwen decoder. Sizes are counts of elements; names follow Megatron's TransformerConfig."""
 
     architecture: str
     family: Family
@@ -59,6 +83,11 @@ class ModelSpec:
     qk_norm: bool
     initializer_range: float
     rope: RopeSpec
+    moe: MoeSpec | None = None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a decoder layer is a mixture of experts."""
+        return self.moe is not None and self.moe.layers[layer]
 
     @property
     def heads_per_group(self) -> int:
@@ -72,29 +101,38 @@ class ModelSpec:
 
     def num_parameters(self) -> int:
         """Trainable weights, tied embeddings counted once, vocabulary padding left out."""
-        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_query_groups)
+        other = 2 * self.hidden_size
         if self.qkv_bias:
-            attention += self.head_dim * (self.num_attention_heads + 2 * self.num_query_groups)
+            other += self.head_dim * (self.num_attention_heads + 2 * self.num_query_groups)
         if self.qk_norm:
-            attention += 2 * self.head_dim
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+            other += 2 * self.head_dim
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return self.num_layers * layer + embeddings + self.hidden_size
+        layers = self._matmul_weights(active=False) + self.num_layers * other
+        return layers + embeddings + self.hidden_size
+
+    def _matmul_weights(self, *, active: bool) -> int:
+        """Weights of the linears of all layers; with `active` those that work on one token."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_query_groups)
+        dense, moe = 3 * self.hidden_size * self.ffn_hidden_size, self.moe
+        if moe is None:
+            return self.num_layers * (attention + dense)
+        experts = 3 * self.hidden_size * moe.ffn_hidden_size * (moe.top_k if active else moe.num_experts)
+        experts += self.hidden_size * moe.num_experts  # the router
+        if moe.shared_ffn_hidden_size is not None:
+            experts += self.hidden_size * (3 * moe.shared_ffn_hidden_size + 1)
+        sparse = sum(moe.layers)
+        return self.num_layers * attention + sparse * experts + (self.num_layers - sparse) * dense
 
     def train_flops_per_token(self, sequence_length: float, adapter_parameters: int | None = None) -> float:
         """Model FLOPs of forward and backward for one token of a causal document of `sequence_length` tokens.
 
-        6 x matmul weights (LM head included, embedding look-up not) + 6 x layers x heads*head_dim x sequence
-        (the causal half); recomputation earns no credit. For Qwen2 heads*head_dim is the hidden size. With
-        LoRA of `adapter_parameters` elements, frozen weights count 4 x (they get no gradient) and adapters 6
-        x.
+        6 x matmul weights that work on the token (LM head included, embedding look-up not) + 6 x layers x
+        heads*head_dim x sequence (the causal half); recomputation earns no credit. For Qwen2 heads*head_dim
+        is the hidden size. With LoRA of `adapter_parameters` elements, frozen weights count 4 x (they get no
+        gradient) and adapters 6 x.
         """
         width = self.num_attention_heads * self.head_dim
-        matmul = self.num_layers * (
-            self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_query_groups)
-            + 3 * self.hidden_size * self.ffn_hidden_size
-        )
-        matmul += self.vocab_size * self.hidden_size
+        matmul = self._matmul_weights(active=True) + self.vocab_size * self.hidden_size
         attention = 6.0 * self.num_layers * width * sequence_length
         if adapter_parameters is not None:
             return 4.0 * matmul + 6.0 * adapter_parameters + attention
@@ -104,10 +142,12 @@ class ModelSpec:
         """Raise ConfigError unless `tp_size` ranks can share heads and the MLP evenly, and hold whole
         key/value heads or share each among the same number of ranks.
         """
-        for what, count in (
-            ("num_attention_heads", self.num_attention_heads),
-            ("intermediate_size", self.ffn_hidden_size),
-        ):
+        sizes = [("num_attention_heads", self.num_attention_heads)]
+        if self.moe is None or not all(self.moe.layers):
+            sizes.append(("intermediate_size", self.ffn_hidden_size))
+        if self.moe is not None and self.moe.shared_ffn_hidden_size is not None:
+            sizes.append(("shared_expert_intermediate_size", self.moe.shared_ffn_hidden_size))
+        for what, count in sizes:
             if count % tp_size:
                 raise ConfigError(
                     f"tensor_model_parallel_size {tp_size} does not divide the model's {what} {count}; "
@@ -118,6 +158,26 @@ class ModelSpec:
                 f"tensor_model_parallel_size {tp_size} neither divides the model's num_key_value_heads "
                 f"{self.num_query_groups} nor is a multiple of it; choose another degree"
             )
+
+    def check_expert_parallel(self, ep_size: int, etp_size: int) -> None:
+        """Raise ConfigError unless `ep_size` ranks can share the experts evenly, and `etp_size` ranks each
+        expert.
+        """
+        if self.moe is None:
+            if ep_size > 1 or etp_size > 1:
+                raise ConfigError(
+                    f"{self.architecture} has no experts; leave expert_model_parallel_size and "
+                    f"expert_tensor_parallel_size at 1"
+                )
+            return
+        for flag, degree, what, count in (
+            ("expert_model_parallel_size", ep_size, "num_experts", self.moe.num_experts),
+            ("expert_tensor_parallel_size", etp_size, "moe_intermediate_size", self.moe.ffn_hidden_size),
+        ):
+            if count % degree:
+                raise ConfigError(
+                    f"{flag} {degree} does not divide the model's {what} {count}; choose a divisor of {count}"
+                )
 
     def check_context_parallel(self, tp_size: int, cp_size: int, comm_type: str | None) -> None:
         """Raise ConfigError unless the heads of a tensor-parallel rank can be dealt to its context-parallel
@@ -180,8 +240,8 @@ def model_spec_from_config(
     family = ARCHITECTURES[architecture]
     hidden, heads = _size(config, "hidden_size", where), _size(config, "num_attention_heads", where)
     groups = _size(config, "num_key_value_heads", where, default=heads)
-    # transformers' Qwen3Config falls back to 128 whatever the hidden size is; Qwen2's to hidden / heads.
-    head_dim = config.get("head_dim") or (128 if family == "qwen3" else None)
+    # transformers' Qwen3Config falls back to 128 whatever the hidden size is; the others to hidden / heads.
+    head_dim = config.get("head_dim") or (128 if architecture == "Qwen3ForCausalLM" else None)
     if head_dim is None:
         if hidden % heads:
             raise ModelError(
@@ -207,6 +267,34 @@ def model_spec_from_config(
         qk_norm=family == "qwen3",
         initializer_range=float(config.get("initializer_range", 0.02)),
         rope=_rope(config, where),
+        moe=_moe(config, family, where) if "Moe" in architecture else None,
+    )
+
+
+def _moe(config: Mapping[str, Any], family: Family, where: str) -> MoeSpec:
+    """The mixture of experts, with transformers' defaults for what the configuration leaves out."""
+    # Transformers calls the experts of some families local; both names are read.
+    name = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    shared = family == "qwen2"
+    num_experts = _size(config, name, where, default=60 if shared else 128)
+    top_k = _size(config, "num_experts_per_tok", where, default=4 if shared else 8)
+    if top_k > num_experts:
+        raise ModelError(f"{where}: num_experts_per_tok {top_k} is more than {name} {num_experts}")
+    every = _size(config, "decoder_sparse_step", where, default=1)
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
+        raise ModelError(f"{where}: mlp_only_layers must be a list of layer numbers, not {dense!r}")
+    layers = range(_size(config, "num_hidden_layers", where))
+    return MoeSpec(
+        num_experts=num_experts,
+        top_k=top_k,
+        ffn_hidden_size=_size(config, "moe_intermediate_size", where, default=1408 if shared else 768),
+        shared_ffn_hidden_size=_size(config, "shared_expert_intermediate_size", where, default=5632)
+        if shared
+        else None,
+        normalize_top_k=bool(config.get("norm_topk_prob", False)),
+        aux_loss_coef=float(config.get("router_aux_loss_coef", 0.001)),
+        layers=tuple(layer not in dense and (layer + 1) % every == 0 for layer in layers),
     )
 
 

@@ -32,6 +32,8 @@ class Groups:
 
     cp_rank: int
     dp_cp_rank: int
+    ep_rank: int
+    etp_rank: int
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
@@ -40,6 +42,9 @@ class Groups:
     cp: dist.ProcessGroup
     dp_cp: dist.ProcessGroup
     """All ranks with the same weights: gradients are reduced and optimizer states sharded over them."""
+
+    expert_dp: dist.ProcessGroup
+    """The same for the weights of experts."""
 
     @property
     def is_last_stage(self) -> bool:
@@ -70,6 +75,8 @@ def initialize(
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
         # Second groups over gloo, for a way of saving that is not used here.
         create_gloo_process_groups=False,
     )
@@ -82,11 +89,14 @@ def initialize(
         dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=False),
         cp_rank=parallel_state.get_context_parallel_rank(),
         dp_cp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        etp_rank=parallel_state.get_expert_tensor_parallel_rank(),
         tp=parallel_state.get_tensor_model_parallel_group(),
         pp=parallel_state.get_pipeline_model_parallel_group(),
         dp=parallel_state.get_data_parallel_group(with_context_parallel=False),
         cp=parallel_state.get_context_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        expert_dp=parallel_state.get_expert_data_parallel_group(),
     )
 
 
@@ -171,12 +181,24 @@ def adapt_megatron(platform: Platform) -> None:
     if platform.is_cpu:
         random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+        import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+        from engine.runtime import uneven
+
+        token_dispatcher.maybe_move_tensor_to_cpu = _stay_on_cpu
+        token_dispatcher.gather_from_sequence_parallel_region = uneven.gather
+        token_dispatcher.reduce_scatter_to_sequence_parallel_region = uneven.reduce_scatter
     if optimizer.USING_PYTORCH_OPTIMIZER:
         from engine.runtime.adam import FusedAdamW
 
         optimizer.Adam = distributed_optimizer.Adam = FusedAdamW
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_TE_OPTIMIZER = True
+
+
+def _stay_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's function leaves alone what is not on a GPU, and then has no numbers for all_to_all."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def known_fields(config_class: type, values: dict[str, Any]) -> dict[str, Any]:

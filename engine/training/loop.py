@@ -20,7 +20,7 @@ from engine.runtime.mcore import Groups
 from engine.runtime.platform import Platform
 from engine.training.checkpoint import CheckpointSaver, layout_degrees, load_checkpoint
 from engine.training.display import Display
-from engine.training.metrics import MetricsLog, Throughput
+from engine.training.metrics import MetricsLog, Throughput, take_expert_load
 from engine.training.optimizer import set_learning_rate
 from engine.training.resume import TrainerState
 from engine.training.schedule import LearningRate
@@ -144,6 +144,7 @@ class Trainer:
                 self.startup.mark("step")
                 tools.display.line(self.startup.line())
             if step % run.logging_steps == 0 or step in (1, plan.total_steps):
+                experts = self._experts(totals)
                 record = {
                     "step": step,
                     "loss": totals.loss,
@@ -153,6 +154,7 @@ class Trainer:
                     **speed.take(steps_left=plan.total_steps - step),
                     "data_wait_s": round(waited, 4),
                     "skipped_steps": tools.skipped,
+                    **experts,
                 }
                 waited = 0.0
                 tools.log.write(record)
@@ -172,6 +174,11 @@ class Trainer:
             tools.watchdog.beat(f"in step {step + 1}")
         # A run of no steps is saved as it started, so that it can be exported.
         return last or self._save(tools.saver, 0, tokens, None)
+
+    def _experts(self, totals: StepTotals) -> dict[str, Any]:
+        """What is logged of a mixture of experts."""
+        load = take_expert_load(self.models)
+        return {"aux_loss": totals.aux_loss, "z_loss": totals.z_loss, **load} if load else {}
 
     def _inspect(self, step: int, totals: StepTotals, result: StepResult, tools: "_Tools") -> None:
         """Say what is strange about a step; the same on every rank. Raises TrainingError if it must not go

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+
 from engine.runtime.platform import Platform
 from engine.training.reporters import Reporter, open_reporters
 from engine.training.step import StepTotals
@@ -56,6 +60,34 @@ class Throughput:
         }
         self.since, self.steps, self.tokens, self.flops = now, 0, 0, 0.0
         return rates
+
+
+def take_expert_load(models: Sequence[DistributedDataParallel]) -> dict[str, Any]:
+    """Where the tokens of the steps since the last call went, all ranks together; nothing for a dense model.
+    Call on every rank.
+
+    `tokens_per_expert` adds up layers; `expert_load_max` is the largest share of a layer's tokens that an
+    expert got, as a multiple of the even share, and `expert_load_min` the smallest.
+    """
+    chunks = [model.module for model in models]
+    moe = chunks[0].spec.moe
+    if moe is None:
+        return {}
+    load = torch.zeros(len(moe.layers), moe.num_experts + 1, device=torch.cuda.current_device())
+    for chunk in chunks:
+        for layer, router in chunk.routers():
+            load[layer] = router.load
+            router.load.zero_()
+    dist.all_reduce(load)
+    sparse = load[torch.tensor(moe.layers)]
+    given, dropped = sparse[:, :-1], sparse[:, -1].sum()
+    relative = given / given.mean(dim=1, keepdim=True).clamp_min(1e-9)
+    return {
+        "expert_load_max": round(float(relative.max()), 4),
+        "expert_load_min": round(float(relative.min()), 4),
+        "dropped_tokens": int(dropped),
+        "tokens_per_expert": [int(count) for count in given.sum(dim=0)],
+    }
 
 
 class MetricsLog:

@@ -96,7 +96,7 @@ def _boxes(
     if len(shape) == 1:
         yield first, last, (first,), (last - first,)
         return
-    assert len(shape) == 2, shape
+    assert len(shape) == 2, shape  # experts are described one by one
     columns = shape[1]
     while first < last:
         row, column = divmod(first, columns)

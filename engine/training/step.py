@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.data.batches import MicroBatch
 from engine.model.attention import Segments
 from engine.model.context_parallel import ContextParallel, shard_positions
-from engine.model.layers import DocumentParams
+from engine.model.layers import DocumentParams, Routing
 from engine.runtime.mcore import Groups
 
 
@@ -32,9 +32,11 @@ class DeviceBatch:
     documents: DocumentParams
 
     @classmethod
-    def place(cls, batch: MicroBatch, groups: Groups, device: torch.device) -> "DeviceBatch":
+    def place(
+        cls, batch: MicroBatch, groups: Groups, device: torch.device, *, experts: bool = False
+    ) -> "DeviceBatch":
         """Copy this rank's part of a micro-batch to `device` without waiting for it: under context
-        parallelism its chunks of every document, otherwise all tokens.
+        parallelism its chunks of every document, otherwise all tokens. `experts`: for a model that has some.
         """
         layout = groups.layout
         lengths = batch.cu_seqlens.diff().tolist()
@@ -46,6 +48,13 @@ class DeviceBatch:
             part = tensor if own is None else tensor[own]
             return part.to(device, non_blocking=True)[None]
 
+        documents = _document_params(batch, lengths, groups, device)
+        if experts:
+            documents.routing = Routing(
+                real=move(batch.real_tokens())[0],
+                tokens=batch.num_tokens,
+                supervised=batch.num_supervised,
+            )
         supervised = batch.num_supervised if own is None else int(batch.loss_mask[own].sum())
         return cls(
             tokens=move(batch.tokens),
@@ -53,7 +62,7 @@ class DeviceBatch:
             position_ids=move(batch.position_ids),
             loss_mask=move(batch.loss_mask).float(),
             num_supervised=torch.tensor(supervised, dtype=torch.int32).to(device, non_blocking=True),
-            documents=_document_params(batch, lengths, groups, device),
+            documents=documents,
         )
 
 
@@ -101,12 +110,16 @@ def forward_step(iterator: Iterator[DeviceBatch], model: Any) -> tuple[Tensor, C
 
 
 def sum_loss(batch: DeviceBatch, loss_per_token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss, number of supervised tokens, and the detached sum for the log.
+    """Summed loss, number of supervised tokens, and for the log the detached sum, float32 [1]; [3] with those
+    of a router's losses, which count by supervised tokens too.
 
     The sum is divided once, by the supervised tokens of the whole global batch (finalize_model_grads).
     """
     total = (loss_per_token * batch.loss_mask).sum()
-    return total, batch.num_supervised.clone(), total.detach()
+    sums, routing = total.detach()[None], batch.documents.routing
+    if routing is not None and routing.losses is not None:
+        sums = torch.cat((sums, routing.losses * batch.num_supervised))
+    return total, batch.num_supervised.clone(), sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +136,14 @@ class StepTotals:
 
     stop: bool
     """Some rank was asked to stop."""
+
+    aux_loss: float
+    """Load-balancing loss of the routers, without its coefficient: mean over micro-batches by their
+    supervised tokens; 0 for a dense model.
+    """
+
+    z_loss: float
+    """The same of the z-loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +165,11 @@ def run_pipeline(
     device: torch.device,
     forward_only: bool,
 ) -> list[Tensor]:
-    """Run all micro-batches through the schedule of the layout; loss sums on the last stage, an empty list
-    elsewhere.
+    """Run all micro-batches through the schedule of the layout; loss sums on the last stage (see sum_loss),
+    an empty list elsewhere.
     """
-    placed = [DeviceBatch.place(batch, groups, device) for batch in batches]
+    experts = models[0].module.spec.moe is not None
+    placed = [DeviceBatch.place(batch, groups, device, experts=experts) for batch in batches]
     iterators = [iter(placed) for _ in models]
     single = len(models) == 1
     return get_forward_backward_func()(
@@ -199,24 +221,28 @@ def global_totals(
     `flops_per_token(n)` are the FLOPs of a token in a document of n tokens; `stop` is whether this rank was
     asked to stop, which all ranks learn in the same step.
     """
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    sums = torch.zeros(7, dtype=torch.float64, device=device)
     sums[4] = stop
     if groups.reports_loss:
         if losses:
-            sums[0] = torch.stack(list(losses)).double().sum()
+            found = torch.stack(list(losses)).double().sum(0)
+            sums[0] = found[0]
+            sums[5 : 4 + len(found)] = found[1:]
         # Context-parallel ranks have losses of their own, of the same batches.
         for batch in batches if groups.cp_rank == 0 else ():
             sums[1] += batch.num_supervised
             sums[2] += batch.num_tokens
             sums[3] += sum(n * flops_per_token(n) for n in batch.lengths)
     dist.all_reduce(sums)
-    loss, supervised, tokens, flops, stops = sums.tolist()
+    loss, supervised, tokens, flops, stops, aux_loss, z_loss = sums.tolist()
     return StepTotals(
         loss=loss / supervised if supervised else float("nan"),
         supervised=int(supervised),
         tokens=int(tokens),
         flops=flops,
         stop=stops > 0,
+        aux_loss=aux_loss / supervised if supervised else float("nan"),
+        z_loss=z_loss / supervised if supervised else float("nan"),
     )
 
 

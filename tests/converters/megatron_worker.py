@@ -20,7 +20,7 @@ import torch.distributed.checkpoint.api
 from converters.hf.reader import HfReader
 from converters.mapping import GatedMLP, Replicated, Sharded, Weight, weight_map
 from converters.mcore.frame import extra_state_keys
-from converters.mcore.reader import stacked_key
+from converters.mcore.places import place_of
 from engine.model.spec import load_model_spec
 
 
@@ -29,7 +29,7 @@ def sharded(weight: Weight, part: torch.Tensor, layers: int, rank: int, world: i
     # Imported here: Megatron's writer spawns a process that imports this module, too.
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    place = stacked_key(weight.name)
+    place = place_of(weight.name)
     stacking = [] if place.layer is None else [(0, place.layer, layers)]
     lead = len(stacking)
 

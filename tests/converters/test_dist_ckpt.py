@@ -19,7 +19,8 @@ from converters.mapping import HfTensor, Sharded, Weight, weight_map
 from converters.mcore.companions import write_companions
 from converters.mcore.frame import _COMMON, extra_state_keys, write_frame
 from converters.mcore.layout import plan_checkpoint
-from converters.mcore.reader import DistReader, check_checkpoint, stacked_key
+from converters.mcore.places import place_of
+from converters.mcore.reader import DistReader, check_checkpoint
 from converters.transfer import TransferOptions, write_files
 from engine.errors import CheckpointError
 from engine.model.spec import load_model_spec
@@ -44,7 +45,7 @@ def test_megatron_loads_and_saves_the_checkpoint(models: MakeModel, tmp_path: Pa
 
     saved = DistReader(tmp_path / "saved")
     assert "optimizer.state.exp_avg.x" in saved.tensors
-    assert len(saved.tensors[stacked_key(QKV).key].chunks) == 3 * 2  # layers, TP ranks
+    assert len(saved.tensors[place_of(QKV).key].chunks) == 3 * 2  # layers, TP ranks
     write_companions(models("qwen3"), tmp_path / "saved")
     to_hf(tmp_path / "saved", tmp_path / "hf")
     assert_identical(tensors_of(models("qwen3")), tensors_of(tmp_path / "hf"))
@@ -73,12 +74,10 @@ def test_torch_itself_reads_the_checkpoint(models: MakeModel, tmp_path: Path) ->
     from torch.distributed.checkpoint import FileSystemReader, load
 
     to_mcore(models("qwen2"), tmp_path / "mcore")
-    state = {stacked_key(QKV).key: torch.zeros(3, 64, 32, dtype=torch.bfloat16)}
+    state = {place_of(QKV).key: torch.zeros(3, 64, 32, dtype=torch.bfloat16)}
     load(state, storage_reader=FileSystemReader(tmp_path / "mcore"), no_dist=True)
     weight = weight_map(load_model_spec(models("qwen2")))[QKV]
-    assert torch.equal(
-        state[stacked_key(QKV).key][1], weight.to_megatron(HfReader(models("qwen2")).read_slice)
-    )
+    assert torch.equal(state[place_of(QKV).key][1], weight.to_megatron(HfReader(models("qwen2")).read_slice))
 
 
 # What is beside the data
@@ -92,7 +91,7 @@ def test_metadata_names_every_weight_and_state_and_nothing_else(
     to_mcore(models(kind), tmp_path / "mcore")
     spec = load_model_spec(models(kind))
     metadata = pickle.loads((tmp_path / "mcore" / ".metadata").read_bytes())
-    weights = {stacked_key(name).key for name in weight_map(spec)}
+    weights = {place_of(name).key for name in weight_map(spec)}
     states = set(extra_state_keys(spec))
     assert metadata.state_dict_metadata.keys() == weights | states
     assert {index.fqn for index in metadata.storage_data} == weights | states
@@ -172,7 +171,7 @@ def linear(rows: int, columns: int, name: str = "x") -> Weight:
 def write(directory: Path, tensors: Mapping[str, torch.Tensor], **options: Any) -> None:
     """A checkpoint of these tensors by canonical name."""
     weights = {name: linear(*tensor.shape, name=name) for name, tensor in tensors.items()}
-    dtypes = {stacked_key(name).key: tensor.dtype for name, tensor in tensors.items()}
+    dtypes = {place_of(name).key: tensor.dtype for name, tensor in tensors.items()}
     plan = plan_checkpoint(weights, dtypes, **options)
     source = MemorySource({f"hf.{name}": tensor for name, tensor in tensors.items()})
     write_files(plan.files, directory, source, TransferOptions())
@@ -272,7 +271,7 @@ def test_missing_and_truncated_data(checkpoint: Path) -> None:
 
 
 def test_missing_chunk_and_missing_key(checkpoint: Path) -> None:
-    key = stacked_key(QKV).key
+    key = place_of(QKV).key
     edit_metadata(checkpoint, lambda m: m.state_dict_metadata[key].chunks.pop(1))
     refused(checkpoint, f"{QKV} is incomplete")
     edit_metadata(checkpoint, lambda m: m.state_dict_metadata.pop(key))
@@ -390,7 +389,7 @@ def test_malicious_blob_is_not_run(checkpoint: Path, tmp_path: Path) -> None:
 def test_full_disk_is_an_os_error(models: MakeModel, tmp_path: Path, name: str) -> None:
     spec = load_model_spec(models("qwen3"))
     weights = weight_map(spec)
-    keys = {stacked_key(weight).key for weight in weights}
+    keys = {place_of(weight).key for weight in weights}
     plan = plan_checkpoint(weights, dict.fromkeys(keys, torch.bfloat16))
     (tmp_path / name).symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):

@@ -118,7 +118,7 @@ def assert_parity(
     results: list[LayoutResult],
     expected: Reference,
     model_dir: Path,
-    weights: dict[str, Weight] | None = None,
+    weights: Mapping[str, Weight] | None = None,
 ) -> None:
     """`weights` is the map of what was trained; the whole model by default."""
     for result in results:

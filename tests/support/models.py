@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 _COMMON: Mapping[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -27,13 +27,34 @@ MODELS: Mapping[str, Any] = {
     ),
 }
 
+_EXPERTS: Mapping[str, Any] = {
+    **_COMMON, "num_experts": 8, "moe_intermediate_size": 32, "tie_word_embeddings": False,
+}  # fmt: skip
+MOE_MODELS: Mapping[str, Any] = {
+    # A shared expert, and a dense layer first.
+    "qwen2_moe": lambda **o: Qwen2MoeConfig(
+        **{
+            **_EXPERTS,
+            "shared_expert_intermediate_size": 48,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [0],
+            **o,
+        }
+    ),
+    "qwen3_moe": lambda **o: Qwen3MoeConfig(
+        **{**_EXPERTS, "head_dim": 16, "num_experts_per_tok": 3, "norm_topk_prob": True, **o}
+    ),
+}
+
 
 def save_tiny_model(
     name: str, directory: Path, *, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> Path:
-    """Save MODELS[name] with every weight random: constant norms and biases would hide a wrong order."""
+    """Save a model of MODELS or MOE_MODELS with every weight random: constant norms and biases would hide a
+    wrong order.
+    """
     torch.manual_seed(1234)
-    config = MODELS[name](**overrides)
+    config = {**MODELS, **MOE_MODELS}[name](**overrides)
     config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(99)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.config.options import OptimizerOptions, ParallelOptions, RecomputeOptions
+from engine.config.options import MoeOptions, OptimizerOptions, ParallelOptions, RecomputeOptions
 from engine.config.parallel import ParallelLayout
 from engine.data.batches import collate
 from engine.data.template import EncodedRow
@@ -32,8 +32,13 @@ class LayoutResult:
     copies: dict[str, Tensor] = field(default_factory=dict)
     """The last stage's copy of tied embeddings, where it holds one."""
 
-    place: tuple[int, int, int] = (0, 0, 0)
-    """pp rank, index among the ranks with the same weights (dp x cp), tp rank."""
+    aux_losses: list[float] = field(default_factory=list)
+    replica: int = 0
+    """Index among the ranks with the same weights (dp x cp)."""
+    tp_rank: int = 0
+    expert_replica: int = 0
+    """The same for the weights of experts."""
+    etp_rank: int = 0
 
 
 def random_rows(count: int, *, vocabulary: int, longest: int, seed: int) -> list[EncodedRow]:
@@ -61,6 +66,7 @@ def open_run(
     dtype: str = "float32",
     transformer_impl: str = "torch",
     adapter: str | None = None,
+    moe: MoeOptions | None = None,
 ) -> tuple[Any, Any, Any, list[Any], Any]:
     """Spec, platform, groups, wrapped models with the checkpoint's weights, and optimizer. With `adapter`, a
     PEFT directory, that is what is trained.
@@ -79,7 +85,7 @@ def open_run(
     groups = mcore.initialize(layout, platform, seed=1)
     opened = open_adapter(adapter, spec) if adapter is not None else None
     lora = opened.lora if opened is not None else None
-    chunks = build_chunks(spec, layout, platform, recompute or RecomputeOptions(), groups, lora)
+    chunks = build_chunks(spec, layout, platform, recompute or RecomputeOptions(), groups, lora, moe)
     load_model_weights(chunks, model_dir, spec, groups)
     if opened is not None:
         load_adapter_weights(chunks, opened, groups)
@@ -155,6 +161,7 @@ def train_layout(
     dtype: str = "float32",
     transformer_impl: str = "torch",
     adapter: str | None = None,
+    moe: MoeOptions | None = None,
 ) -> LayoutResult:
     """Train the given global batches under a layout, starting from a Hugging Face checkpoint; the PEFT
     adapter `adapter` alone, where there is one.
@@ -172,6 +179,7 @@ def train_layout(
         dtype=dtype,
         transformer_impl=transformer_impl,
         adapter=adapter,
+        moe=moe,
     )
     layout = groups.layout
 
@@ -179,12 +187,14 @@ def train_layout(
     eval_loss = evaluate(models, [share(steps[0])], spec.train_flops_per_token, groups, platform.device).loss
     run_pipeline(models, share(steps[0]), groups, device=platform.device, forward_only=False)
     gradients, copies = local_tensors(models, layout, groups, gradients=True)
-    losses, norms = [], []
+    losses, norms, aux_losses = [], [], []
     for rows, learning_rate in zip(steps, learning_rates, strict=True):
         set_learning_rate(optim, learning_rate, optimizer.weight_decay)
         result = train_step(models, optim, share(rows), groups, platform.device)
         done = (result.losses, result.micro_batches)
-        losses.append(global_totals(*done, spec.train_flops_per_token, groups, platform.device).loss)
+        totals = global_totals(*done, spec.train_flops_per_token, groups, platform.device)
+        losses.append(totals.loss)
+        aux_losses.append(totals.aux_loss)
         norms.append(result.grad_norm)
     for model in models:
         if model.ddp_config.overlap_param_gather:
@@ -198,7 +208,11 @@ def train_layout(
         gradients=gradients,
         weights=weights,
         copies=_named("gradient", copies) | _named("weight", weight_copies),
-        place=(groups.pp_rank, groups.dp_cp_rank, groups.tp_rank),
+        aux_losses=aux_losses,
+        replica=groups.dp_cp_rank,
+        tp_rank=groups.tp_rank,
+        expert_replica=groups.expert_dp.rank(),
+        etp_rank=groups.etp_rank,
     )
 
 
@@ -219,7 +233,7 @@ def local_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """This rank's weights or gradients by canonical name, or those of its adapters; the tied copy apart."""
     from engine.model.lora import named_adapters
-    from engine.model.provider import named_weights
+    from engine.model.provider import NamedWeight, named_weights
 
     if gradients:
         for model in models:
@@ -234,6 +248,7 @@ def local_tensors(
     ]
     for weight in named or named_weights(chunks, layout, groups.pp_rank):
         value = weight.parameter.main_grad if gradients else weight.parameter.detach()
+        value = weight.part(value) if isinstance(weight, NamedWeight) else value
         target = copies if weight.name in tensors or getattr(weight, "is_copy", False) else tensors
         target[weight.name] = value.float().cpu().clone()
     return tensors, copies
@@ -243,25 +258,27 @@ def _complete_gradients(model: Any, groups: Any) -> None:
     """The distributed optimizer leaves each rank only its shard of the reduced gradients: gather the
     others'.
     """
-    ranks = groups.layout.dp * groups.layout.cp
-    if not model.ddp_config.use_distributed_optimizer or ranks == 1:
+    if not model.ddp_config.use_distributed_optimizer:
         return
-    for buffer in [*model.buffers, *model.expert_parallel_buffers]:
-        for bucket in buffer.buckets:
-            data = bucket.grad_data
-            shard = data.chunk(ranks)[groups.dp_cp_rank].clone()
-            dist.all_gather_into_tensor(data, shard, group=groups.dp_cp)
+    for group, buffers in ((groups.dp_cp, model.buffers), (groups.expert_dp, model.expert_parallel_buffers)):
+        for bucket in (bucket for buffer in buffers for bucket in buffer.buckets):
+            if group.size() > 1:
+                data = bucket.grad_data
+                shard = data.chunk(group.size())[group.rank()].clone()
+                dist.all_gather_into_tensor(data, shard, group=group)
 
 
 def merge(results: Sequence[LayoutResult], weight_map: dict[str, Any], kind: str) -> dict[str, Tensor]:
-    """Hugging Face tensors from the shards of all ranks of data-parallel replica 0."""
+    """Hugging Face tensors from the shards of all ranks of replica 0."""
     shards: dict[str, dict[int, Tensor]] = {}
     for result in results:
-        _, dp, tp = result.place
-        if dp == 0:
-            for name, tensor in getattr(result, kind).items():
-                assert tp not in shards.setdefault(name, {}), f"{name} is held twice"
-                shards[name][tp] = tensor
+        for name, tensor in getattr(result, kind).items():
+            replica, rank = result.replica, result.tp_rank
+            if ".mlp.experts." in name:
+                replica, rank = result.expert_replica, result.etp_rank
+            if replica == 0:
+                assert rank not in shards.setdefault(name, {}), f"{name} is held twice"
+                shards[name][rank] = tensor
     assert shards.keys() == weight_map.keys()
     merged: dict[str, Tensor] = {}
     for name, by_rank in shards.items():

@@ -1,0 +1,201 @@
+"""Experts and their dispatch in plain torch: what Megatron's specification without Transformer Engine lacks.
+
+Shape suffixes: N tokens that came to this rank's experts, H hidden size, F width of an expert, K experts of
+this rank.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_sequence_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+class MixtureOfExperts(MoELayer):
+    """Megatron's layer; `dispatcher` allgather is the one that takes ranks with different numbers of
+    tokens.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *arguments: Any,
+        dispatcher: str,
+        pg_collection: Any = None,
+        **more: Any,
+    ) -> None:
+        groups = pg_collection or get_default_pg_collection()
+        super().__init__(config, *arguments, pg_collection=groups, **more)
+        if dispatcher == "allgather":
+            self.token_dispatcher = AllGatherDispatcher(
+                self.num_local_experts, self.local_expert_indices, config=config, pg_collection=groups
+            )
+
+
+class ExpertLayer(TransformerLayer):
+    """Megatron's decoder layer, whose router learns which micro-batch it is called for."""
+
+    def forward(self, *arguments: Any, **more: Any) -> Any:
+        """As Megatron's; `packed_seq_params` are Braid's DocumentParams."""
+        self.mlp.router.balance = more["packed_seq_params"].balance
+        return super().forward(*arguments, **more)
+
+
+class SharedExpert(SharedExpertMLP):
+    """The expert that every token goes to."""
+
+    def __init__(
+        self, config: TransformerConfig, gate: bool, pg_collection: Any = None, **unused: Any
+    ) -> None:
+        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        super().__init__(config=config, submodules=linears, gate=gate, pg_collection=pg_collection)
+
+
+class ExpertLinear(torch.nn.Module):
+    """The weights of one linear of all experts of this rank, [K, out, in]."""
+
+    def __init__(self, experts: int, out: int, into: int, *, axis: int, config: TransformerConfig) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(
+            torch.empty(experts, out, into, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        # What Megatron asks a parameter: whose gradients are added up over which ranks, and whether the norm
+        # of the gradients counts it on every rank.
+        marks = {
+            "allreduce": False,
+            "tensor_model_parallel": True,
+            "partition_dim": axis,
+            "partition_stride": 1,
+        }
+        for name, value in marks.items():
+            setattr(self.weight, name, value)
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """The matrix of each expert, [out, in].
+
+        Unbound at once: indexing would give every expert a gradient of the size of all. A call, because
+        Megatron gathers a module's updated weights when it is called.
+        """
+        return self.weight.unbind()
+
+
+class GroupedExperts(MegatronModule):
+    """The experts of this rank: silu(gate) * up, times the router's weight, and down."""
+
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, *, pg_collection: Any, **unused: Any
+    ) -> None:
+        super().__init__(config)
+        self.num_local_experts, self.groups = num_local_experts, pg_collection
+        width = config.moe_ffn_hidden_size // pg_collection.expt_tp.size()
+        hidden = config.hidden_size
+        self.linear_fc1 = ExpertLinear(num_local_experts, 2 * width, hidden, axis=1, config=config)
+        self.linear_fc2 = ExpertLinear(num_local_experts, hidden, width, axis=2, config=config)
+
+    @property
+    def first_expert(self) -> int:
+        """Index of this rank's first expert among all of the layer."""
+        return int(self.groups.ep.rank()) * self.num_local_experts
+
+    def forward(self, tokens_NH: Tensor, tokens_per_expert: Tensor, weights_N: Tensor) -> tuple[Tensor, None]:
+        """Tokens in the order of their experts, int64 [K] of how many each has, and the router's weights ->
+        [N, H].
+        """
+        counts = tokens_per_expert.tolist()
+        rows = zip(tokens_NH.split(counts), weights_N[:, None].split(counts), strict=True)
+        matrices = zip(self.linear_fc1(), self.linear_fc2(), strict=True)
+        outputs = []
+        for (x, weight), (up, down) in zip(rows, matrices, strict=True):
+            gate, value = F.linear(x, up).chunk(2, dim=-1)
+            outputs.append(F.linear((F.silu(gate) * value * weight).to(x.dtype), down))
+        return torch.cat(outputs), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
+    ) -> dict[str, Any]:
+        """Megatron's description, with the keys and shapes that Transformer Engine's grouped linears have."""
+        return {
+            f"{prefix}{name}.weight": self._describe(
+                linear.weight, f"{prefix}experts.{name}.weight", sharded_offsets, gated=name == "linear_fc1"
+            )
+            for name, linear in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2))
+        }
+
+    def _describe(
+        self, weight: Tensor, key: str, offsets: tuple[Any, ...], *, gated: bool
+    ) -> ShardedTensorFactory:
+        axis = len(offsets)
+        experts = self.groups.ep.size() * self.num_local_experts
+        rank, ranks = self.groups.expt_tp.rank(), self.groups.expt_tp.size()
+
+        def build(key: str, data: Tensor, replica: Any, flattened: Any) -> list[ShardedTensor]:
+            pieces = []
+            for index, expert in enumerate(data.unbind()):
+                place = (*offsets, (axis, self.first_expert + index, experts))
+                cuts = [(expert, (axis + 2, rank, ranks))]
+                if gated:
+                    gate, up = expert.chunk(2)
+                    cuts = [(gate, (axis + 1, rank, 2 * ranks)), (up, (axis + 1, ranks + rank, 2 * ranks))]
+                pieces += [
+                    ShardedTensor.from_rank_offsets(
+                        key, part, *place, cut, replica_id=replica, prepend_axis_num=axis + 1
+                    )
+                    for part, cut in cuts
+                ]
+            return pieces
+
+        def merge(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat([part.flatten() for part in parts]).view(weight.shape)
+
+        replica = (0, 0, self.groups.expt_dp.rank())
+        return ShardedTensorFactory(key, weight, build, merge, replica)
+
+
+class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
+    """Every rank sees the tokens of all, works on those of its experts, and results are added up. Ranks with
+    fewer tokens than others pad, with rows that no expert gets.
+    """
+
+    routing_map: Tensor
+    own: int
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H] and [T, E] of this rank -> those of all ranks, padding included."""
+        if self.tp_ep_group.size() == 1:
+            return hidden_states, probs
+        self.own = hidden_states.shape[0]
+        most = torch.tensor(self.own, device=hidden_states.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.tp_ep_group)
+        missing = int(most) - self.own
+        arguments: Mapping[str, Any] = {"group": self.tp_ep_group}
+        with torch.no_grad():
+            chosen = F.pad(self.routing_map.to(torch.uint8), (0, 0, 0, missing))
+            self.routing_map = gather_from_sequence_parallel_region(chosen, **arguments).bool()
+        return (
+            gather_from_sequence_parallel_region(F.pad(hidden_states, (0, 0, 0, missing)), **arguments),
+            gather_from_sequence_parallel_region(F.pad(probs, (0, 0, 0, missing)), **arguments),
+        )
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """Results of this rank's experts for all tokens -> all experts' results for its own, [T, H]."""
+        if self.tp_ep_group.size() == 1:
+            return hidden_states
+        summed = reduce_scatter_to_sequence_parallel_region(hidden_states, group=self.tp_ep_group)
+        return summed[: self.own]

@@ -1,0 +1,101 @@
+"""Runs of a mixture of experts: resumed bitwise, under other layouts of the experts, and exported."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from converters.convert import to_hf
+from converters.hf.reader import HfReader
+from launch.tiny import build_tiny_qwen3
+from tests.parity.test_resume import Runs, assert_same_weights, losses, weights
+from tests.support.models import save_tiny_model
+from tests.support.workers import WorkerPool
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("experts")
+    build_tiny_qwen3(root / "words", hidden_size=32, intermediate_size=64)
+    vocabulary = len(AutoTokenizer.from_pretrained(root / "words"))
+    directory = save_tiny_model("qwen2_moe", root / "model", num_hidden_layers=4, vocab_size=vocabulary)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (root / "words" / name).exists():
+            shutil.copy(root / "words" / name, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def runs(workers: WorkerPool, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(workers, model_dir, tmp_path_factory.mktemp("runs"))
+
+
+EP2_TP2_PP1 = ["--expert_model_parallel_size", "2", "--tensor_model_parallel_size", "2"]
+
+
+@pytest.fixture(scope="module")
+def straight(runs: Runs) -> Path:
+    """Six steps at EP2 x TP2 x DP2, with a checkpoint after the third."""
+    return runs.start("straight", [*EP2_TP2_PP1, "--save_steps", "3"])
+
+
+def test_resumed_run_is_bitwise_the_uninterrupted_one(runs: Runs, straight: Path, tmp_path: Path) -> None:
+    resumed = runs.start("resumed", EP2_TP2_PP1, resume=straight / "checkpoint-3")
+    expected = losses(straight)
+    assert losses(resumed) == {step: expected[step] for step in (4, 5, 6)}
+    assert_same_weights(
+        weights(straight / "checkpoint-6", tmp_path / "a"), weights(resumed / "checkpoint-6", tmp_path / "b")
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "flags"),
+    [
+        ("EP1", 1, []),
+        ("EP4", 4, ["--expert_model_parallel_size", "4"]),
+        (
+            "EP2xPP2",
+            4,
+            ["--expert_model_parallel_size", "2", "--pipeline_model_parallel_size", "2"],
+        ),
+        (
+            "EP2xETP2",
+            4,
+            ["--expert_model_parallel_size", "2", "--expert_tensor_parallel_size", "2"],
+        ),
+    ],
+)
+def test_another_layout_continues_the_run(
+    runs: Runs, straight: Path, name: str, world_size: int, flags: list[str]
+) -> None:
+    resumed = runs.start(name, flags, world_size=world_size, resume=straight / "checkpoint-3")
+    expected, found = losses(straight), losses(resumed)
+    assert sorted(found) == [4, 5, 6]
+    for step, loss in found.items():
+        assert abs(loss - expected[step]) <= 1e-5 * expected[step]
+
+
+def test_what_is_logged(straight: Path) -> None:
+    """Four layers of which three have eight experts, two to a token."""
+    records = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    before = 0
+    for record in records:
+        assert record["dropped_tokens"] == 0
+        assert sum(record["tokens_per_expert"]) == 3 * 2 * (record["tokens"] - before)
+        assert record["expert_load_min"] <= 1 <= record["expert_load_max"]
+        assert 0.9 < record["aux_loss"] / 2 < 8
+        before = record["tokens"]
+
+
+def test_no_steps_give_back_the_files(runs: Runs, model_dir: Path, tmp_path: Path) -> None:
+    """EP4 -> EP1 -> EP2 without a step: every tensor is what it was."""
+    first = runs.start("zero-ep4", ["--expert_model_parallel_size", "4", "--max_steps", "0"])
+    to_hf(first / "checkpoint-0", tmp_path / "hf")
+    found, expected = HfReader(tmp_path / "hf"), HfReader(model_dir)
+    assert found.tensors.keys() == expected.tensors.keys()
+    assert_same_weights(
+        {name: expected.read(name).clone() for name in expected.tensors},
+        {name: found.read(name).clone() for name in found.tensors},
+    )
