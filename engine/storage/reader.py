@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ def is_dist_checkpoint(directory: str | Path) -> bool:
     return any((Path(directory) / name).exists() for name in (METADATA_FILE, CONFIG_FILE))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Stack:
+    """The boxes of a tensor by their index in its first `lead` dimensions."""
+
+    lead: int
+    boxes: dict[tuple[int, ...], list[DistChunk]]
+
+
 class TorchDistReader:
     """The tensors and objects of a checkpoint, saved under any layout.
 
@@ -51,6 +60,7 @@ class TorchDistReader:
         metadata = read_metadata(self.directory / METADATA_FILE)
         self.tensors, self.objects = metadata.tensors, metadata.objects
         self._boxes: dict[tuple[str, DistChunk], Box] = {}
+        self._stacks: dict[str, _Stack] = {}
 
     def _hint(self) -> str:
         """The user may have passed the directory of a run, whose checkpoints are one level down."""
@@ -80,7 +90,7 @@ class TorchDistReader:
         tensor, sizes = self.tensor(key), tuple(out.shape)
         assert len(offsets) == len(sizes) == len(tensor.shape), f"{key}: {offsets} {sizes} {tensor.shape}"
         parts = []
-        for chunk in tensor.chunks:
+        for chunk in self._chunks_at(tensor, offsets, sizes):
             first = tuple(map(max, offsets, chunk.offsets))
             ends = (
                 (o + s, c + n) for o, s, c, n in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True)
@@ -94,6 +104,27 @@ class TorchDistReader:
             starts = tuple(a - c for a, c in zip(first, chunk.offsets, strict=True))
             self._read_box(tensor, chunk, starts, out[place])
         return out
+
+    def _chunks_at(
+        self, tensor: DistTensor, offsets: Sequence[int], sizes: Sequence[int]
+    ) -> Sequence[DistChunk]:
+        """The boxes among which those of a region are: of a tensor that stacks layers or experts, those of
+        the one that the region lies in. A model may have ten thousand, and as many regions to be read.
+        """
+        if tensor.key not in self._stacks:
+            # Axes of which every box has one index.
+            widths = (max(chunk.sizes[axis] for chunk in tensor.chunks) for axis in range(len(tensor.shape)))
+            lead = (
+                sum(1 for _ in itertools.takewhile(lambda width: width <= 1, widths)) if tensor.chunks else 0
+            )
+            boxes: dict[tuple[int, ...], list[DistChunk]] = {}
+            for chunk in tensor.chunks:
+                boxes.setdefault(chunk.offsets[:lead], []).append(chunk)
+            self._stacks[tensor.key] = _Stack(lead=lead, boxes=boxes)
+        stack = self._stacks[tensor.key]
+        if any(size != 1 for size in sizes[: stack.lead]):
+            return tensor.chunks
+        return stack.boxes.get(tuple(offsets[: stack.lead]), [])
 
     def _check_complete(
         self, key: str, sizes: tuple[int, ...], parts: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]

@@ -1,10 +1,10 @@
 """Megatron's own model on the CPU, of a mixture of experts, and a converted checkpoint: keys, shapes, values.
 Run by test_moe, once a rank.
 
-    python -m tests.converters.moe_worker STORE RANK EP_SIZE SAVE_TO [HF_DIR CHECKPOINT]...
+    python -m tests.converters.moe_worker STORE RANK EP_SIZE [HF_DIR CHECKPOINT SAVE_TO]...
 
 The model is a GPTModel of Megatron's local specification, whose experts are a SequentialMLP. It does not run
-without Transformer Engine, but it says what it stores. The last one is saved.
+without Transformer Engine, but it says what it stores. What was loaded is saved again.
 """
 
 import sys
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from converters.hf.reader import HfReader
 from converters.mapping import weight_map
-from converters.mcore.frame import bridge_run_config
+from converters.mcore.frame import bridge_run_config, extra_state_keys
 from engine.model.spec import ModelSpec, load_model_spec
 
 _LOCAL_NORMS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
@@ -49,7 +49,9 @@ def build(spec: ModelSpec, ep_size: int) -> Any:
     layers = []
     for layer in range(spec.num_layers):
         experts = described["num_moe_experts"] if spec.has_experts(layer) else None
-        made = get_gpt_layer_local_spec(num_experts=experts, qk_layernorm=spec.qk_norm, normalization="RMSNorm")
+        made = get_gpt_layer_local_spec(
+            num_experts=experts, qk_layernorm=spec.qk_norm, normalization="RMSNorm"
+        )
         if experts is not None:
             names = made.submodules.sharded_state_dict_keys_map
             kept = {name: to for name, to in names.items() if name not in _LOCAL_NORMS}
@@ -66,13 +68,17 @@ def build(spec: ModelSpec, ep_size: int) -> Any:
     )
 
 
-def parts(model: Any) -> dict[str, Any]:
-    """What the model asks for: sharded tensors, without the states of modules that have none."""
-    from megatron.core.dist_checkpointing import ShardedTensor
-    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+def asked(model: Any, spec: ModelSpec) -> dict[str, Any]:
+    """The tensors that the model asks for. The states that it asks for are those that a checkpoint has."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     state = model.sharded_state_dict(metadata={"singleton_local_shards": False})
-    return {n: item for n, item in state.items() if isinstance(item, ShardedTensor | ShardedTensorFactory)}
+    states = {n: item for n, item in state.items() if isinstance(item, ShardedObject)}
+    keys = {item.unique_key for item in states.values()}
+    assert sum(".experts.experts." in key for key in keys) >= 2
+    surplus = keys - set(extra_state_keys(spec))
+    assert all(".embedding." in f".{key}" for key in surplus), surplus
+    return {name: item for name, item in state.items() if name not in states}
 
 
 def check(hf_dir: str, checkpoint: str, ep_size: int, rank: int) -> dict[str, Any]:
@@ -81,11 +87,11 @@ def check(hf_dir: str, checkpoint: str, ep_size: int, rank: int) -> dict[str, An
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
     spec, reader = load_model_spec(hf_dir), HfReader(hf_dir)
-    model = build(spec, ep_size)
+    model = build(spec, ep_size).bfloat16()  # its norms are fp32 otherwise
     for parameter in model.parameters():
         parameter.data.zero_()
     options = {"strict": StrictHandling.RETURN_ALL}
-    loaded, missing, unexpected = dist_checkpointing.load(parts(model), checkpoint, **options)
+    loaded, missing, unexpected = dist_checkpointing.load(asked(model, spec), checkpoint, **options)
     # States of Transformer Engine's modules are all that this model does not ask for.
     assert all("._extra_state" in key for key in missing | unexpected), (missing, unexpected)
     model.load_state_dict(loaded, strict=False)
@@ -97,7 +103,7 @@ def check(hf_dir: str, checkpoint: str, ep_size: int, rank: int) -> dict[str, An
             full = weight.to_megatron(reader.read_slice)
             assert torch.equal(stored[name], full), (weight.name, name)
     assert seen == stored.keys(), stored.keys() - seen
-    return parts(model)
+    return asked(model, spec)
 
 
 def local_experts(spec: ModelSpec, ep_size: int) -> int:
@@ -119,8 +125,8 @@ def local_name(name: str, spec: ModelSpec, *, first: int, ep_size: int) -> str |
     )
 
 
-def main(store: str, rank: str, ep: str, save_to: str, *jobs: str) -> None:
-    """Run the jobs, two arguments each."""
+def main(store: str, rank: str, ep: str, *jobs: str) -> None:
+    """Run the jobs, three arguments each."""
     from megatron.core import dist_checkpointing, parallel_state
 
     torch.set_num_threads(1)
@@ -132,9 +138,9 @@ def main(store: str, rank: str, ep: str, save_to: str, *jobs: str) -> None:
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=ep_size, expert_tensor_parallel_size=1, create_gloo_process_groups=False
     )
-    for job in range(0, len(jobs), 2):
+    for job in range(0, len(jobs), 3):
         state = check(jobs[job], jobs[job + 1], ep_size, int(rank))
-    dist_checkpointing.save(state, save_to)
+        dist_checkpointing.save(state, jobs[job + 2])
     dist.destroy_process_group()
 
 

@@ -12,7 +12,6 @@ import torch
 
 from converters.companion_files import copy_companions
 from converters.hf.reader import HfReader, check_weights
-from converters.load import local_tensors
 from converters.mapping import weight_map
 from converters.source import row_blocks
 from engine.errors import ModelError
@@ -254,11 +253,10 @@ def test_lm_head_of_tied_embeddings(model: Path) -> None:
     refused(model, r"lm_head\.weight differs from model\.embed_tokens\.weight; set tie_word_embeddings")
 
 
-def test_local_tensors_are_the_mapping_of_this_rank(models: MakeModel) -> None:
+def test_a_rank_reads_its_part_by_the_mapping(models: MakeModel) -> None:
     reader = HfReader(models("qwen2"))
     weights = weight_map(load_model_spec(models("qwen2")))
     names = ["embedding.word_embeddings.weight", "decoder.layers.2.mlp.linear_fc1.weight"]
-    parts = dict(local_tensors(reader, weights, names, tp_rank=1, tp_size=2))
-    assert list(parts) == names
+    parts = {name: weights[name].to_megatron(reader.read_slice, 1, 2) for name in names}
     embedding = reader.read("model.embed_tokens.weight")
     assert torch.equal(parts[names[0]], torch.cat([embedding[512:], embedding.new_zeros(21, 32)]))
