@@ -283,7 +283,7 @@ def check_listed(directory: Path, files: Sequence[FileOnDisk], found: Findings) 
         return None
     known, names = {problem.file for problem in found.problems}, {file.name for file in files}
     new: list[str] = []
-    for item in check_manifest(directory, manifest, hashes=False):
+    for item in check_manifest(directory, manifest, hashed=lambda name: False):
         place = directory / item.name
         if item.problem == "surplus":
             new += [item.name] if item.name in names else []

@@ -107,6 +107,8 @@ def _worker(config: SftConfig, world: World, place: list[str]) -> None:
     from engine.runtime import mcore
     from engine.training.watch import StopRequest
 
+    mcore.adapt_megatron(platform)  # imports Megatron, so that its seconds are not counted as process groups
+    startup.mark("imports")
     dist.init_process_group(
         platform.backend,
         store=meeting_place(world),

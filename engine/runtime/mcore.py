@@ -167,8 +167,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def adapt_megatron(platform: Platform) -> None:
-    """Give Megatron an AdamW where neither Transformer Engine nor apex brings one, and quiet its import
-    chatter.
+    """Import Megatron, give it an AdamW where neither Transformer Engine nor apex brings one, and quiet its
+    import chatter. A second call changes nothing.
     """
     logging.getLogger("megatron").setLevel(logging.ERROR)
     # Column-parallel backward overlaps its all-reduce with a GEMM only if kernels launch in order; without

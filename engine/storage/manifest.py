@@ -3,7 +3,7 @@
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -181,10 +181,10 @@ def _inner(name: str) -> str:
 
 
 def check_manifest(
-    directory: Path, manifest: Manifest, *, workers: int = 1, hashes: bool = True
+    directory: Path, manifest: Manifest, *, workers: int = 1, hashed: Callable[[str], bool] = bool
 ) -> list[FileProblem]:
-    """Every file that is missing, surplus, of another size or, with `hashes`, SHA-256; empty if all
-    is well.
+    """Every file that is missing, surplus, of another size or, where `hashed(name)`, of another SHA-256;
+    empty if all is well.
     """
     found, problems, to_hash = set(files_below(directory)), [], []
     for name, entry in manifest.files.items():
@@ -194,7 +194,7 @@ def check_manifest(
             problems.append(
                 FileProblem(name=name, problem="size", expected=str(entry.bytes), found=str(size))
             )
-        elif hashes:
+        elif hashed(name):
             to_hash.append(name)
     for name, entry in hash_files(directory, to_hash, workers=workers).items():
         expected = manifest.files[name].sha256

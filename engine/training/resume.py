@@ -66,16 +66,16 @@ class TrainerState:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a directory holds all files of a finished save in full size. Their content is not looked at."""
+    """Whether a directory holds all files of a finished save; the shards' content is not looked at."""
     return damage(checkpoint) is None
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint at first sight, as one line; None if its manifest and the sizes of all
-    files are right.
+    """What is wrong with a checkpoint at first sight, as one line; None if its manifest, the sizes of all
+    files, and the content of those that are read before the ranks share the hashing of the shards are right.
     """
     try:
-        problems = check_manifest(checkpoint, read_manifest(checkpoint), hashes=False)
+        problems = check_manifest(checkpoint, read_manifest(checkpoint), hashed=_is_no_shard)
     except CheckpointError as error:
         return str(error)
     if problems:
@@ -83,6 +83,10 @@ def damage(checkpoint: Path) -> str | None:
     if not (checkpoint / STATE_FILE).is_file():
         return f"{checkpoint} has no {STATE_FILE}; it is no checkpoint of a run"
     return None
+
+
+def _is_no_shard(name: str) -> bool:
+    return not name.endswith(".distcp")
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

@@ -175,14 +175,20 @@ def test_the_newest_whole_checkpoint_is_taken(tiny_model: Path, cache: Path, tmp
     shard.write_bytes(content)
     shutil.copytree(out / "checkpoint-2", out / "checkpoint-9")
     (out / "checkpoint-9" / "braid-manifest.json").write_text("{}")
+    # What is read before the shards are hashed, with a bit flipped.
+    for step, name in ((7, ".metadata"), (8, "trainer_state.json")):
+        shutil.copytree(out / "checkpoint-2", out / f"checkpoint-{step}")
+        file = out / f"checkpoint-{step}" / name
+        file.write_bytes(bytes((file.read_bytes()[0] ^ 1,)) + file.read_bytes()[1:])
     more = words(tiny_model, tmp_path, "--max_steps", "4", "--resume_from_checkpoint")
     run = braid(*more, "auto", cache=cache)
     assert run.code == 0, run.stderr
     assert f"resuming from {out / 'checkpoint-2'}" in run.stdout
     passed = [line for line in run.stdout.splitlines() if "over" in line and "passing" in line]
-    assert len(passed) == 2
-    assert "checkpoint-9" in passed[0]
-    assert f"{shard}: the content is not what was written" in passed[1]
+    assert len(passed) == 4
+    for step, name in enumerate((".metadata", "trainer_state.json", "braid-manifest.json"), start=7):
+        assert f"checkpoint-{step}/{name}" in passed[step - 7]
+    assert f"{shard}: the content is not what was written" in passed[3]
 
 
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(
