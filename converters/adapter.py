@@ -1,11 +1,13 @@
 """PEFT LoRA adapters <-> adapters in Megatron's layout; one table, both directions from it.
 
 An adapter's A of q, k, v, gate and up is the same on every tensor-parallel rank and B is cut by rows; of o
-and down A is cut by columns and B is the same. In a checkpoint every A and B is a tensor of its own, and so
-is every tensor of a module that is stored whole (PEFT's modules_to_save), for which the engine has no place.
+and down A is cut by columns and B is the same. Those of experts lie with the ranks that have the experts. In
+a checkpoint every A and B is a tensor of its own, and so is every tensor of a module that is stored whole
+(PEFT's modules_to_save), for which the engine has no place.
 """
 
 import json
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -16,7 +18,7 @@ from converters.conversion import Conversion, ConvertReport, carry_out
 from converters.convert import output_files, stored_dtypes
 from converters.hf.layout import PlannedTensor, plan_layout
 from converters.hf.reader import EMBEDDING, LM_HEAD, HfReader, check_weights
-from converters.mapping import HfTensor, Replicated, Sharded, Weight, hf_tensors, weight_map
+from converters.mapping import HfTensor, Innermost, Replicated, Sharded, Weight, hf_tensors, weight_map
 from converters.mcore.companions import COMPANIONS_DIR, read_source_info, torch_dtype, write_companions
 from converters.mcore.frame import write_frame
 from converters.mcore.layout import plan_checkpoint
@@ -30,11 +32,10 @@ from engine.model.lora_spec import (
     LoraSpec,
     adapter_name,
     enclosing_modules,
-    hf_module,
-    projection_size,
     read_lora_config,
     saved_name,
 )
+from engine.model.projections import Projection
 from engine.model.spec import ModelSpec, load_model_spec
 from engine.storage.durable import fsync
 from engine.storage.files import dtype_name, inside
@@ -43,7 +44,6 @@ from engine.storage.reader import check_files
 ADAPTER_FILE = "adapter_model.safetensors"
 
 _HF_PREFIX = "base_model.model."
-_ROW_PARALLEL = ("o_proj", "down_proj")
 
 
 def adapter_map(spec: ModelSpec, lora: LoraSpec) -> dict[str, Weight]:
@@ -51,23 +51,47 @@ def adapter_map(spec: ModelSpec, lora: LoraSpec) -> dict[str, Weight]:
     whole. Raises ConfigError for a name in modules_to_save that cannot be.
     """
     weights: dict[str, Weight] = {}
-    for layer, linear, projection, shape in lora.targets(spec.num_layers):
-        out_features, in_features = projection_size(spec, projection)
-        row = projection in _ROW_PARALLEL
-        for kind, size, cut in (
-            ("lora_A", (shape.rank, in_features), row),
-            ("lora_B", (out_features, shape.rank), not row),
-        ):
-            name = adapter_name(layer, f"{linear}.{projection}_{kind}")
-            tensor = HfTensor(name=f"{_HF_PREFIX}{hf_module(layer, projection)}.{kind}.weight", shape=size)
-            axis = 1 if kind == "lora_A" else 0
-            weights[name] = (
-                Sharded(name=name, hf=(tensor,), axis=axis) if cut else Replicated(name=name, hf=(tensor,))
-            )
+    targets = list(lora.targets(spec))
+    modules = {place.module for place, _ in targets}
+    for place, shape in targets:
+        for weight in _of_experts(place, shape.rank, modules) if place.experts else _of(place, shape.rank):
+            weights[weight.name] = weight
     for base_name, tensor in saved_tensors(spec, lora).items():
         name = saved_name(base_name)
         weights[name] = Replicated(name=name, hf=(tensor,))  # no rank asks for it, so none cuts it
     return weights
+
+
+def _of(place: Projection, rank: int) -> Iterator[Weight]:
+    """A [rank, in] and B [out, rank] of a module."""
+    for kind, size, cut in (
+        ("lora_A", (rank, place.in_features), place.row_parallel),
+        ("lora_B", (place.out_features, rank), not place.row_parallel),
+    ):
+        name = adapter_name(place.layer, f"{place.linear}.{place.name}_{kind}")
+        tensor = HfTensor(name=f"{_HF_PREFIX}{place.module}.{kind}.weight", shape=size)
+        axis = 1 if kind == "lora_A" else 0
+        yield Sharded(name=name, hf=(tensor,), axis=axis) if cut else Replicated(name=name, hf=(tensor,))
+
+
+def _of_experts(place: Projection, rank: int, modules: Collection[str]) -> Iterator[Weight]:
+    """A [experts * rank, in] and B [out, rank * experts] of a parameter of experts, cut among the ranks that
+    share them: PEFT stacks the experts of A, and has them innermost in B.
+
+    Of two parameters of a module PEFT wraps the first, gate_up_proj, within the other.
+    """
+    assert place.experts is not None
+    block, _, name = place.module.rpartition(".")
+    inner = ".base_layer" if name == "gate_up_proj" and f"{block}.down_proj" in modules else ""
+    prefix = adapter_name(place.layer, f"{place.linear}.{place.name}_")
+    a = HfTensor(
+        name=f"{_HF_PREFIX}{block}{inner}.lora_A.weight", shape=(place.experts * rank, place.in_features)
+    )
+    b = HfTensor(
+        name=f"{_HF_PREFIX}{block}{inner}.lora_B.weight", shape=(place.out_features, rank * place.experts)
+    )
+    yield Sharded(name=f"{prefix}lora_A", hf=(a,), axis=0)
+    yield Innermost(name=f"{prefix}lora_B", hf=(b,), count=place.experts)
 
 
 def saved_tensors(spec: ModelSpec, lora: LoraSpec) -> dict[str, HfTensor]:
@@ -123,9 +147,9 @@ def open_adapter(directory: str | Path, spec: ModelSpec) -> PeftAdapter:
     return PeftAdapter(directory=path, lora=lora, weights=weights, reader=reader)
 
 
-def new_adapter_config(lora: LoraSpec, base_model: str) -> bytes:
+def new_adapter_config(lora: LoraSpec, base_model: str, spec: ModelSpec) -> bytes:
     """An `adapter_config.json` for an adapter that starts here."""
-    return (json.dumps(lora.to_config(base_model), indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(lora.to_config(base_model, spec), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def write_adapter_companions(
@@ -162,7 +186,7 @@ def check_adapter_checkpoint(
     except (ConfigError, ModelError) as error:
         raise CheckpointError(str(error)) from None
     # As configurations, in which `all-linear` and the names that it stands for are the same.
-    before, now = stored.to_config(""), (lora or stored).to_config("")
+    before, now = stored.to_config("", spec), (lora or stored).to_config("", spec)
     if lora is not None and before != now:
         names = [name for name in before | now if now.get(name) != before.get(name)]
         raise CheckpointError(

@@ -49,11 +49,10 @@ def load_adapter_weights(chunks: Sequence["BraidGPTModel"], adapter: PeftAdapter
 
     assert not adapter.lora.modules_to_save, "whole modules are not trained beside LoRA"
     for chunk, layers in zip(chunks, groups.layout.chunks_of(groups.pp_rank), strict=True):
-        for target in named_adapters(chunk, layers):
-            weight = adapter.weights[target.name]
-            whole = target.partition is None  # more ranks than query groups: B is not cut
-            part = weight.to_megatron(
-                adapter.reader.read_slice, *((0, 1) if whole else (groups.tp_rank, groups.layout.tp))
+        for target in named_adapters(chunk, layers, groups):
+            # A weight that ranks share may still be held whole: with more ranks than query groups.
+            part = adapter.weights[target.name].to_megatron(
+                adapter.reader.read_slice, target.rank, target.ranks
             )
             assert part.shape == target.parameter.shape, f"{target.name}: {part.shape}"
             target.parameter.copy_(part)

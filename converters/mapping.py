@@ -135,6 +135,30 @@ class Sharded(Weight):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Innermost(Weight):
+    """A Hugging Face matrix [out, n * count], whose columns are [n, count] to Megatron, [out, n, count]; cut
+    along the last.
+    """
+
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.hf[0].shape
+        return rows, columns // self.count, self.count
+
+    def to_megatron(self, read: ReadSlice, tp_rank: int = 0, tp_size: int = 1) -> Tensor:
+        start, stop = _part(self.count, tp_rank, tp_size)
+        return read(self.hf[0].name, 0, 0, self.shape[0]).view(self.shape)[..., start:stop]
+
+    def to_hf(self, full: Tensor) -> dict[str, Tensor]:
+        return super().to_hf(full.flatten(1))
+
+    def merge(self, shards: list[Tensor]) -> Tensor:
+        return torch.cat(shards, dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Vocabulary(Weight):
     """Embedding or LM head [V, H], cut along V after padding; a shard's rows beyond V are zero."""
 

@@ -1,7 +1,7 @@
 """A base and a LoRA adapter -> one Hugging Face checkpoint. Both are read, neither is touched."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,23 +17,35 @@ from converters.mapping import weight_map
 from converters.source import Source, new_or_given, row_blocks
 from converters.transfer import TransferOptions
 from engine.errors import ModelError
-from engine.model.lora_spec import CONFIG_FILE, adapter_name, hf_module
+from engine.model.lora_spec import CONFIG_FILE, adapter_name
+from engine.model.projections import Projection
 from engine.model.spec import ModelSpec, load_model_spec
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Delta:
-    """scaling * B A, of the base's tensor `W`."""
+    """scaling * B A, of the base's tensor `W`; of experts, one matrix of one of them."""
 
     a: str
     b: str
     scaling: float
+    expert: int | None = None
+    experts: int = 1
+    first_row: int = 0
+    """Of B, at which W's begin: experts have gate and up in one."""
 
     def added_to(self, rows: Tensor, start: int, reader: HfReader) -> Tensor:
         """W + scaling * B A for rows of W from `start` on, in fp32 or wider."""
         wide = torch.promote_types(rows.dtype, torch.float32)
-        b = reader.read_rows(self.b, start, start + rows.shape[0])
-        return rows.to(wide) + b.to(wide) @ reader.read(self.a).to(wide) * self.scaling
+        begin = self.first_row + start
+        b = reader.read_rows(self.b, begin, begin + rows.shape[0])
+        if self.expert is None:
+            a = reader.read(self.a)
+        else:
+            rank = reader.shape(self.a)[0] // self.experts
+            a = reader.read_rows(self.a, self.expert * rank, (self.expert + 1) * rank)
+            b = b[:, self.expert :: self.experts]  # PEFT has the experts innermost there
+        return rows.to(wide) + b.to(wide) @ a.to(wide) * self.scaling
 
 
 class MergedSource(Source):
@@ -147,9 +159,27 @@ def _check_tied(base: HfReader, adapter: PeftAdapter, saved: Mapping[str, str], 
 
 def _deltas(spec: ModelSpec, adapter: PeftAdapter) -> Mapping[str, _Delta]:
     """What is added to which tensor of the base."""
-    deltas = {}
-    for layer, linear, projection, shape in adapter.lora.targets(spec.num_layers):
-        names = (adapter_name(layer, f"{linear}.{projection}_{kind}") for kind in ("lora_A", "lora_B"))
+    deltas: dict[str, _Delta] = {}
+    for place, shape in adapter.lora.targets(spec):
+        names = (adapter_name(place.layer, f"{place.linear}.{place.name}_{k}") for k in ("lora_A", "lora_B"))
         a, b = (adapter.weights[name].hf[0].name for name in names)
-        deltas[f"{hf_module(layer, projection)}.weight"] = _Delta(a=a, b=b, scaling=shape.scaling)
+        delta = _Delta(a=a, b=b, scaling=shape.scaling)
+        deltas |= {f"{place.module}.weight": delta} if place.experts is None else _of_experts(place, delta)
     return deltas
+
+
+def _of_experts(place: Projection, delta: _Delta) -> dict[str, _Delta]:
+    """The tensors that a hub checkpoint has of one parameter of experts."""
+    assert place.experts is not None
+    block, _, name = place.module.rpartition(".")
+    parts = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+    return {
+        f"{block}.{expert}.{part}.weight": replace(
+            delta,
+            expert=expert,
+            experts=place.experts,
+            first_row=index * place.out_features // len(parts),
+        )
+        for expert in range(place.experts)
+        for index, part in enumerate(parts)
+    }

@@ -112,11 +112,19 @@ def draw_lora(config: SftConfig, spec: ModelSpec, layout: ParallelLayout) -> Lor
         if changed:
             raise ConfigError(f"{changed[0]} goes with --train_type lora, not with full")
         return None
+    if config.lora.lora_dropout == default.lora_dropout and _would_drop(options, spec):
+        config.lora.lora_dropout = 0.0
     lora = lora_from_options(options)
     if options.adapter is not None:
         lora = _lora_of(options.adapter, lora, changed)
     lora.check(spec)
-    with_adapter = {layer for layer, _, _, _ in lora.targets(spec.num_layers)}
+    targets = [place for place, _ in lora.targets(spec)]
+    if layout.etp > 1 and any(place.experts for place in targets):
+        raise ConfigError(
+            "LoRA in routed experts is not proven with expert_tensor_parallel_size above 1; leave it at 1, "
+            "or name target_modules without experts, such as q_proj k_proj v_proj o_proj"
+        )
+    with_adapter = {place.layer for place in targets}
     for rank in range(layout.pp):
         for layers in layout.chunks_of(rank):
             if not with_adapter & set(layers):
@@ -125,6 +133,11 @@ def draw_lora(config: SftConfig, spec: ModelSpec, layout: ParallelLayout) -> Lor
                     f"{layers.stop - 1} have no adapter; choose other target_modules or fewer stages"
                 )
     return lora
+
+
+def _would_drop(options: LoraOptions, spec: ModelSpec) -> bool:
+    """Whether the default dropout would hinder adapters of experts, which know none."""
+    return options.adapter is None and lora_from_options(options).adapts_experts(spec)
 
 
 def _lora_of(adapter: str, asked: LoraSpec, changed: Sequence[str]) -> LoraSpec:
@@ -192,8 +205,6 @@ def _check_experts(config: SftConfig, spec: ModelSpec) -> None:
         if changed:
             raise ConfigError(f"{changed[0]}: {spec.architecture} has no experts; leave it out")
         return
-    if config.model.train_type == "lora":
-        raise ConfigError("train_type lora is not proven for a mixture of experts; use --train_type full")
     for name in ("router_aux_loss_coef", "moe_z_loss_coeff"):
         if (getattr(options, name) or 0.0) < 0:
             raise ConfigError(f"{name} must not be negative, not {getattr(options, name)}")

@@ -208,7 +208,8 @@ def train(
     trainer = Trainer(
         config=config,
         flops_per_token=partial(
-            spec.train_flops_per_token, adapter_parameters=lora.num_parameters(spec) if lora else None
+            spec.train_flops_per_token,
+            adapter_parameters=lora.num_parameters(spec, active=True) if lora else None,
         ),
         platform=platform,
         groups=groups,
@@ -258,7 +259,7 @@ def _companions(blueprint: Blueprint) -> Callable[[Path], Any]:
         return lambda directory: write_companions(model_dir, directory)
     import torch
 
-    config, dtype = new_adapter_config(lora, str(model_dir)), torch.float32
+    config, dtype = new_adapter_config(lora, str(model_dir), blueprint.spec), torch.float32
     if blueprint.config.lora.adapter is not None:
         adapter = open_adapter(blueprint.config.lora.adapter, blueprint.spec)
         config, dtype = adapter.config(), adapter.dtype()

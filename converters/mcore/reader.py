@@ -194,7 +194,9 @@ class McoreSource(Source):
             first, last = max(start, part.start), min(stop, part.stop)
             if first < last:
                 at = begin + first - part.start
+                # A Megatron tensor may have more dimensions, of the same elements in a row.
+                weight, part_rows = self._weights[name], rows[first - start : last - start]
                 self._reader.read_rows(
-                    self._weights[name].name, at, at + last - first, rows[first - start : last - start]
+                    weight.name, at, at + last - first, part_rows.view(-1, *weight.shape[1:])
                 )
         return rows

@@ -53,6 +53,11 @@ class LoraOptions:
     expression for whole names such as model.layers.0.mlp.up_proj, or all-linear.
     """
 
+    target_parameters: list[str] = field(default_factory=list)
+    """Which matrices of routed experts get an adapter each: mlp.experts.gate_up_proj mlp.experts.down_proj;
+    both with target_modules all-linear.
+    """
+
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(lora_rank) (rank-stabilised LoRA)."""
 

@@ -5,6 +5,7 @@ this rank.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -68,6 +69,49 @@ class SharedExpert(SharedExpertMLP):
         super().__init__(config=config, submodules=linears, gate=gate, pg_collection=pg_collection)
 
 
+def mark_expert_weight(weight: torch.nn.Parameter, *, axis: int) -> None:
+    """What Megatron asks a parameter: over which ranks its gradients are added up, and whether the norm of
+    the gradients counts it on every rank. `axis` is the dimension that ranks share.
+    """
+    marks = {
+        "allreduce": False,
+        "tensor_model_parallel": True,
+        "partition_dim": axis,
+        "partition_stride": 1,
+    }
+    for name, value in marks.items():
+        setattr(weight, name, value)
+
+
+def is_expert_weight(weight: Tensor) -> bool:
+    """Whether a parameter belongs to experts that tokens are routed to."""
+    return not getattr(weight, "allreduce", True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertMatrices:
+    """One linear of each expert of this rank: `weight` [K, out, in], and with LoRA `up` [K, out, R] after
+    `down` [K, R, in].
+    """
+
+    weight: Tensor
+    down: Tensor | None = None
+    up: Tensor | None = None
+
+    def apply(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """[N, in], sorted by expert with `counts` of each -> [N, out]."""
+        out = _grouped_linear(tokens, self.weight, counts)
+        if self.down is None or self.up is None:
+            return out
+        return out + _grouped_linear(_grouped_linear(tokens, self.down, counts), self.up, counts)
+
+
+def _grouped_linear(tokens: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+    # Unbound at once: indexing would give every expert a gradient of the size of all.
+    rows = zip(tokens.split(counts), weight.unbind(), strict=True)
+    return torch.cat([F.linear(x, matrix) for x, matrix in rows])
+
+
 class ExpertLinear(torch.nn.Module):
     """The weights of one linear of all experts of this rank, [K, out, in]."""
 
@@ -76,24 +120,11 @@ class ExpertLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(
             torch.empty(experts, out, into, dtype=config.params_dtype, device=torch.cuda.current_device())
         )
-        # What Megatron asks a parameter: whose gradients are added up over which ranks, and whether the norm
-        # of the gradients counts it on every rank.
-        marks = {
-            "allreduce": False,
-            "tensor_model_parallel": True,
-            "partition_dim": axis,
-            "partition_stride": 1,
-        }
-        for name, value in marks.items():
-            setattr(self.weight, name, value)
+        mark_expert_weight(self.weight, axis=axis)
 
-    def forward(self) -> tuple[Tensor, ...]:
-        """The matrix of each expert, [out, in].
-
-        Unbound at once: indexing would give every expert a gradient of the size of all. A call, because
-        Megatron gathers a module's updated weights when it is called.
-        """
-        return self.weight.unbind()
+    def forward(self) -> ExpertMatrices:
+        """A call, because Megatron gathers a module's updated weights when it is called."""
+        return ExpertMatrices(weight=self.weight)
 
 
 class GroupedExperts(MegatronModule):
@@ -119,13 +150,9 @@ class GroupedExperts(MegatronModule):
         [N, H].
         """
         counts = tokens_per_expert.tolist()
-        rows = zip(tokens_NH.split(counts), weights_N[:, None].split(counts), strict=True)
-        matrices = zip(self.linear_fc1(), self.linear_fc2(), strict=True)
-        outputs = []
-        for (x, weight), (up, down) in zip(rows, matrices, strict=True):
-            gate, value = F.linear(x, up).chunk(2, dim=-1)
-            outputs.append(F.linear((F.silu(gate) * value * weight).to(x.dtype), down))
-        return torch.cat(outputs), None
+        gate, value = self.linear_fc1().apply(tokens_NH, counts).chunk(2, dim=-1)
+        weighted = (F.silu(gate) * value * weights_N[:, None]).to(tokens_NH.dtype)
+        return self.linear_fc2().apply(weighted, counts), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None

@@ -7,18 +7,20 @@ part in its arithmetic by a cast.
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from engine.model.experts import ExpertLinear, ExpertMatrices, is_expert_weight, mark_expert_weight
 from engine.model.gpt import BraidGPTModel
-from engine.model.lora_spec import PROJECTIONS, LoraSpec, LowRank, adapter_name, projection_size
-from engine.model.spec import ModelSpec
+from engine.model.lora_spec import LoraSpec, LowRank, adapter_name
+from engine.model.projections import Projection, projections
 from engine.runtime import mcore
 
 A, B = "_lora_A", "_lora_B"
@@ -183,6 +185,43 @@ class LoraRowLinear(LoraLinear):
         return F.linear(low, getattr(self, name + B).to(x.dtype))
 
 
+class LoraExpertLinear(torch.nn.Module):
+    """The frozen weights of one linear of all experts of this rank, `base_layer`, and an adapter for each.
+
+    `<projection>_lora_A` is [K * R, in] for K experts of this rank and `<projection>_lora_B` [out, R, K], as
+    PEFT has those of all experts. Each expert lies on one rank: expert tensor parallelism is refused.
+    """
+
+    def __init__(
+        self, base_layer: ExpertLinear, place: Projection, shape: LowRank, config: TransformerConfig
+    ) -> None:
+        super().__init__()
+        assert config.expert_tensor_parallel_size == 1
+        self.base_layer, self.name, self.shape = base_layer, place.name, shape
+        self.experts = len(base_layer.weight)
+        sizes = {
+            A: (self.experts * shape.rank, place.in_features),
+            B: (place.out_features, shape.rank, self.experts),
+        }
+        for kind, size in sizes.items():
+            weight = torch.nn.Parameter(
+                torch.zeros(size, dtype=torch.float32, device=torch.cuda.current_device())
+            )
+            mark_expert_weight(weight, axis=0 if kind == A else 2)
+            self.register_parameter(place.name + kind, weight)
+
+    def forward(self) -> ExpertMatrices:
+        """Those of the base layer, with the adapters: [K, R, in] and [K, out, R], the scale in the first."""
+        a, b = getattr(self, self.name + A), getattr(self, self.name + B)
+        matrices: ExpertMatrices = self.base_layer()
+        dtype = matrices.weight.dtype
+        return replace(
+            matrices,
+            down=(a.unflatten(0, (self.experts, -1)) * self.shape.scaling).to(dtype),
+            up=b.permute(2, 0, 1).contiguous().to(dtype),
+        )
+
+
 def attach_lora(chunk: BraidGPTModel, lora: LoraSpec, layers: range) -> None:
     """Freeze the chunk and put adapters around its linears; `layers` are the global indices of its layers.
 
@@ -196,29 +235,34 @@ def attach_lora(chunk: BraidGPTModel, lora: LoraSpec, layers: range) -> None:
     )
     assert tp.sequence_parallel or tp.size == 1, "the layout has sequence parallelism wherever it has TP"
     for local, layer in enumerate(layers):
-        for linear, names in PROJECTIONS.items():
-            adapters = {name: shape for name in names if (shape := lora.at(layer, name)) is not None}
+        by_linear: dict[str, list[Projection]] = {}
+        for place in projections(chunk.spec, layer):
+            by_linear.setdefault(place.linear, []).append(place)
+        for linear, places in by_linear.items():
+            adapters = {place.name: shape for place in places if (shape := lora.at(place)) is not None}
             if adapters:
-                block_name, _, linear_name = linear.partition(".")
-                block = getattr(chunk.decoder.layers[local], block_name)
+                block_name, _, linear_name = linear.rpartition(".")
+                block = chunk.decoder.layers[local].get_submodule(block_name)
                 base = getattr(block, linear_name)
-                setattr(block, linear_name, _wrap(base, linear, adapters, tp, lora.lora_dropout, chunk.spec))
+                setattr(block, linear_name, _wrap(base, places, adapters, tp, lora.lora_dropout, chunk))
     if chunk.pre_process:
         chunk.embedding.register_forward_hook(_require_grad)
 
 
 def _wrap(
     base: torch.nn.Module,
-    linear: str,
+    places: Sequence[Projection],
     adapters: Mapping[str, LowRank],
     tp: TensorParallel,
     dropout: float,
-    spec: ModelSpec,
-) -> LoraLinear:
-    sizes = {name: projection_size(spec, name) for name in PROJECTIONS[linear]}
-    if len(sizes) == 1:
+    chunk: BraidGPTModel,
+) -> torch.nn.Module:
+    if isinstance(base, ExpertLinear):
+        return LoraExpertLinear(base, places[0], adapters[places[0].name], chunk.config)
+    sizes = {place.name: (place.out_features, place.in_features) for place in places}
+    if places[0].row_parallel:
         return LoraRowLinear(base, adapters, tp, dropout, sizes)
-    groups = spec.num_query_groups if linear.endswith("qkv") else None
+    groups = chunk.spec.num_query_groups if "q_proj" in sizes else None
     return LoraColumnLinear(base, adapters, tp, dropout, sizes, groups)
 
 
@@ -236,19 +280,32 @@ class NamedAdapter:
     name: str
     parameter: torch.nn.Parameter
     partition: int | None
-    """Dimension that tensor parallelism cuts."""
+    """Dimension that is cut among `ranks`, of which this is number `rank`."""
+    rank: int = 0
+    ranks: int = 1
+    replica: tuple[int, int, int] = (0, 0, 0)
+    """Which copy of the part this is, in Megatron's terms."""
 
 
-def named_adapters(chunk: BraidGPTModel, layers: range) -> Iterator[NamedAdapter]:
+def named_adapters(chunk: BraidGPTModel, layers: range, groups: mcore.Groups) -> Iterator[NamedAdapter]:
     """Every adapter parameter of a chunk whose layers have the global indices `layers`."""
-    for name, parameter in chunk.named_parameters():
-        if name.endswith((A, B)):
-            local, _, rest = name.removeprefix("decoder.layers.").partition(".")
-            yield NamedAdapter(
-                name=adapter_name(layers[int(local)], rest),
-                parameter=parameter,
-                partition=parameter.partition_dim if parameter.tensor_model_parallel else None,
-            )
+    layout = groups.layout
+    for own_name, parameter in chunk.named_parameters():
+        if not own_name.endswith((A, B)):
+            continue
+        local, _, rest = own_name.removeprefix("decoder.layers.").partition(".")
+        cut: bool = parameter.tensor_model_parallel
+        rank, ranks, replica = groups.tp_rank, layout.tp, (0, 0 if cut else groups.tp_rank, groups.dp_cp_rank)
+        if is_expert_weight(parameter):
+            rank, ranks, replica = groups.ep_rank, layout.ep, (0, 0, groups.expert_dp.rank())
+        yield NamedAdapter(
+            name=adapter_name(layers[int(local)], rest),
+            parameter=parameter,
+            partition=parameter.partition_dim if cut else None,
+            rank=rank if cut else 0,
+            ranks=ranks if cut else 1,
+            replica=replica,
+        )
 
 
 @torch.no_grad()
@@ -256,18 +313,18 @@ def initialize_adapters(chunks: Sequence[BraidGPTModel], *, seed: int, groups: m
     """A uniform in +-1 / sqrt(in), B zero: PEFT's start. The numbers depend on the seed and the name only, so
     that every layout starts from the same adapter.
     """
-    tp_size = groups.layout.tp
     for chunk, layers in zip(chunks, groups.layout.chunks_of(groups.pp_rank), strict=True):
-        for adapter in named_adapters(chunk, layers):
+        for adapter in named_adapters(chunk, layers, groups):
             if adapter.name.endswith(B):
                 adapter.parameter.zero_()
                 continue
-            rank, columns = adapter.parameter.shape
-            columns *= tp_size if adapter.partition == 1 else 1
+            size = list(adapter.parameter.shape)
+            if adapter.partition is not None:
+                size[adapter.partition] *= adapter.ranks
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {adapter.name}".encode()))
-            bound = columns**-0.5
-            full = torch.empty(rank, columns, device="cpu").uniform_(-bound, bound, generator=generator)
-            part = full.chunk(tp_size, dim=1)[groups.tp_rank] if adapter.partition == 1 else full
+            bound = size[1] ** -0.5
+            full = torch.empty(size, device="cpu").uniform_(-bound, bound, generator=generator)
+            part = full.chunk(adapter.ranks, dim=adapter.partition or 0)[adapter.rank]
             adapter.parameter.copy_(part)
 
 
@@ -275,13 +332,12 @@ def adapter_state(chunk: BraidGPTModel, layers: range, groups: mcore.Groups) -> 
     """The chunk's adapters for Megatron's distributed checkpoint, by the chunk's own parameter names."""
     names = {id(parameter): name for name, parameter in chunk.named_parameters()}
     state = {}
-    for adapter in named_adapters(chunk, layers):
-        cut = adapter.partition is not None
-        offsets = [(adapter.partition, groups.tp_rank, groups.layout.tp)] if cut else []
+    for adapter in named_adapters(chunk, layers, groups):
+        cut = (adapter.partition, adapter.rank, adapter.ranks)
         state[names[id(adapter.parameter)]] = ShardedTensor.from_rank_offsets(
             adapter.name,
             adapter.parameter,
-            *offsets,
-            replica_id=(0, 0 if cut else groups.tp_rank, groups.dp_cp_rank),
+            *([] if adapter.partition is None else [cut]),
+            replica_id=adapter.replica,
         )
     return state

@@ -8,29 +8,21 @@ says here what it says there. What Braid has not proven equal to PEFT is refused
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from engine.config.options import LoraOptions
 from engine.errors import ConfigError, ModelError
+from engine.model.projections import Projection, projections
 from engine.model.spec import ModelSpec
 
 CONFIG_FILE = "adapter_config.json"
 ALL_LINEAR = "all-linear"
-# Megatron's fused linears of a decoder layer -> the Hugging Face projections in them, in order.
-PROJECTIONS: Mapping[str, tuple[str, ...]] = {
-    "self_attention.linear_qkv": ("q_proj", "k_proj", "v_proj"),
-    "self_attention.linear_proj": ("o_proj",),
-    "mlp.linear_fc1": ("gate_proj", "up_proj"),
-    "mlp.linear_fc2": ("down_proj",),
-}
 CHECKPOINT_PREFIX = "adapter."
 """Keys of adapters in a checkpoint start with this, those of a whole model do not."""
 
-_MLP = ("gate_proj", "up_proj", "down_proj")
-_NAMES = tuple(name for names in PROJECTIONS.values() for name in names)
 # Modules of the model that a careless regular expression takes in, and PEFT then adapts or stumbles over.
 _OTHER_MODULES = (
     "lm_head",
@@ -43,6 +35,8 @@ _OTHER_MODULES = (
 )
 _REGEX_SIGNS = frozenset("\\^$*+?{}[]()|")
 _ANY_NUMBERED = r".*?\.[^.]*\.(?P<idx>\d+)\."
+_ROUTERS = ("mlp.gate", "mlp.shared_expert_gate", "mlp.shared_expert", "mlp.experts")
+"""The same in a layer with experts, a router first."""
 # The modules that tied embeddings make one, by the end of their name.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 
@@ -50,6 +44,7 @@ _EMBEDDINGS = ("embed_tokens", "lm_head")
 _READ = frozenset({
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern",
     "alpha_pattern", "layers_to_transform", "layers_pattern", "modules_to_save", "ensure_weight_tying",
+    "target_parameters",
 })  # fmt: skip
 _WITHOUT_EFFECT = frozenset({
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version",
@@ -75,7 +70,12 @@ class LoraSpec:
     lora_alpha: float
     lora_dropout: float = 0.0
     target_modules: str | tuple[str, ...] = ALL_LINEAR
-    """A tuple of names (or ends of names), a regular expression for whole names, or `all-linear`."""
+    """A tuple of names (or ends of names), a regular expression for whole names, or `all-linear`: every
+    linear but routers and the LM head, and without `target_parameters` the experts' too.
+    """
+
+    target_parameters: tuple[str, ...] = ()
+    """Ends of names of parameters that hold the matrices of all experts of a layer."""
 
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski, 2023)."""
@@ -91,12 +91,16 @@ class LoraSpec:
     ensure_weight_tying: bool = False
     """Where embeddings are tied and one of them is stored whole, both are, as one."""
 
-    def at(self, layer: int, projection: str) -> LowRank | None:
-        """The adapter of a projection such as `q_proj` in a decoder layer (global index); None where it has
-        none.
-        """
-        module = hf_module(layer, projection)
-        if _named(self.exclude_modules, module) or self._kept_for_saving(module) or not self._targets(module):
+    def at(self, place: Projection) -> LowRank | None:
+        """The adapter of a projection; None where it has none."""
+        module = place.module
+        if place.experts is not None:
+            # PEFT's exclusions and layer numbers are for modules.
+            if not self._targets_parameter(module):
+                return None
+        elif (
+            _named(self.exclude_modules, module) or self._kept_for_saving(module) or not self._targets(module)
+        ):
             return None
         rank = int(_by_pattern(self.rank_pattern, module, self.r))
         alpha = float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
@@ -132,12 +136,12 @@ class LoraSpec:
                 raise ConfigError(
                     f"modules_to_save: {module} would be stored once more in {min(within)}; name one of them"
                 )
-        for layer, _, projection, _ in self.targets(spec.num_layers):
-            module = hf_module(layer, projection)
+        for place, _ in self.targets(spec):
+            module = place.module
             if within := outer.intersection((module, *enclosing_modules(module))):
                 raise ConfigError(
                     f"modules_to_save: {min(within)} has the low-rank adapter of {module} in it; name it in "
-                    f"whole parts of its name, or take {projection} out of target_modules"
+                    f"whole parts of its name, or take {place.name} out of target_modules"
                 )
         return saved
 
@@ -149,6 +153,11 @@ class LoraSpec:
         # As in PEFT, layer numbers limit only the names that are given by their end.
         return _named(self.target_modules, module) and self._in_layers(module)
 
+    def _targets_parameter(self, parameter: str) -> bool:
+        if not self.target_parameters:
+            return self.target_modules == ALL_LINEAR
+        return _named(self.target_parameters, parameter)
+
     def _in_layers(self, module: str) -> bool:
         if not self.layers_to_transform:
             return True
@@ -156,14 +165,17 @@ class LoraSpec:
         found = next((m for pattern in patterns if (m := re.match(pattern, module))), None)
         return found is not None and int(found["idx"]) in self.layers_to_transform
 
-    def targets(self, num_layers: int) -> Iterator[tuple[int, str, str, LowRank]]:
-        """(layer, Megatron linear, projection, shape) of every adapter, in the model's order."""
-        for layer in range(num_layers):
-            for linear, names in PROJECTIONS.items():
-                for name in names:
-                    shape = self.at(layer, name)
-                    if shape is not None:
-                        yield layer, linear, name, shape
+    def targets(self, spec: ModelSpec) -> Iterator[tuple[Projection, LowRank]]:
+        """Every adapter, in the model's order."""
+        for layer in range(spec.num_layers):
+            for place in projections(spec, layer):
+                shape = self.at(place)
+                if shape is not None:
+                    yield place, shape
+
+    def adapts_experts(self, spec: ModelSpec) -> bool:
+        """Whether any of the adapters is in experts that tokens are routed to."""
+        return any(place.experts is not None for place, _ in self.targets(spec))
 
     def check(self, spec: ModelSpec) -> None:
         """Raise ConfigError unless every part of the description fits the model."""
@@ -171,53 +183,74 @@ class LoraSpec:
             raise ConfigError(f"lora_dropout must be in [0, 1), not {self.lora_dropout}")
         if not 0 < self.lora_alpha < math.inf:
             raise ConfigError(f"lora_alpha must be positive, not {self.lora_alpha}")
-        self._check_names([hf_module(layer, name) for layer in range(spec.num_layers) for name in _NAMES])
-        for layer, _, name, shape in self.targets(spec.num_layers):
+        self._check_names(spec)
+        for place, shape in self.targets(spec):
             if shape.rank < 1 or not 0 < shape.scaling < math.inf:
                 raise ConfigError(
                     f"lora_rank and lora_alpha must be at least 1, not rank {shape.rank} and scale "
-                    f"{shape.scaling:g} at {hf_module(layer, name)}"
+                    f"{shape.scaling:g} at {place.module}"
                 )
-        if not any(True for _ in self.targets(spec.num_layers)):
+            if place.experts is not None and self.lora_dropout:
+                raise ConfigError(
+                    f"lora_dropout {self.lora_dropout}: adapters of experts know no dropout, in PEFT either; "
+                    f"set it to 0, or leave experts out by target_modules without {ALL_LINEAR}"
+                )
+        if not any(True for _ in self.targets(spec)):
             raise ConfigError("target_modules: no linear of the model is left; name at least one")
 
-    def _check_names(self, modules: Sequence[str]) -> None:
-        """Raise ConfigError for a name that means none of the projections `modules`, or more than those."""
+    def _check_names(self, spec: ModelSpec) -> None:
+        """Raise ConfigError for a name that means none of the projections, or more than those."""
+        places = [place for layer in range(spec.num_layers) for place in projections(spec, layer)]
+        modules = [place.module for place in places if place.experts is None]
+        parameters = [place.module for place in places if place.experts is not None]
+        names = ", ".join(dict.fromkeys(place.name for place in places if place.experts is None))
         wanted: list[str | tuple[str, ...]] = [(name,) for name in self.target_modules]
         if isinstance(self.target_modules, str):
             wanted = [] if self.target_modules == ALL_LINEAR else [self.target_modules]
-        for names in wanted:
-            name = names if isinstance(names, str) else names[0]
-            if not any(_named(names, module) for module in modules):
+        routers = [f"model.layers.{i}.{name}" for i in range(spec.num_layers) for name in _ROUTERS]
+        others = [*_OTHER_MODULES, *(routers if spec.moe is not None else [])]
+        for pattern in wanted:
+            name = pattern if isinstance(pattern, str) else pattern[0]
+            if not any(_named(pattern, module) for module in modules):
+                experts = " (experts are target_parameters)" if parameters else ""
                 raise ConfigError(
-                    f"target_modules: {name!r} is none of the linears that LoRA can be in; choose from "
-                    f"{', '.join(_NAMES)}, a regular expression for whole names such as {modules[0]}, or "
+                    f"target_modules: {name!r} is none of the linears that LoRA can be in{experts}; choose "
+                    f"from {names}, a regular expression for whole names such as {modules[0]}, or "
                     f"{ALL_LINEAR}"
                 )
-            outside = [m for m in _OTHER_MODULES if _named(names, m) and not _named(self.exclude_modules, m)]
+            outside = [m for m in others if _named(pattern, m) and not _named(self.exclude_modules, m)]
             if outside:
                 raise ConfigError(
                     f"target_modules: {name!r} takes in {outside[0]} too, which LoRA cannot be in here; "
-                    f"name only {', '.join(_NAMES)}"
+                    f"name only {names}"
                 )
+        for name in self.target_parameters:
+            if not any(_named((name,), parameter) for parameter in parameters):
+                known = "mlp.experts.gate_up_proj and mlp.experts.down_proj"
+                what = f"choose from {known}" if parameters else "the model has no experts: leave it out"
+                raise ConfigError(f"target_parameters: {name!r} is no parameter of experts; {what}")
         for what, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
-                if not any(_fits(pattern, module) for module in modules):
+                if not any(_fits(pattern, place.module) for place in places):
                     raise ConfigError(f"{what}: {pattern!r} is none of the linears that LoRA can be in")
 
-    def num_parameters(self, spec: ModelSpec) -> int:
-        """Elements of all A and B."""
-        return sum(
-            shape.rank * sum(projection_size(spec, name))
-            for _, _, name, shape in self.targets(spec.num_layers)
-        )
+    def num_parameters(self, spec: ModelSpec, *, active: bool = False) -> int:
+        """Elements of all A and B; with `active` those that work on one token."""
+        experts = spec.moe.top_k if active and spec.moe is not None else None
+        return sum(place.num_parameters(shape.rank, experts) for place, shape in self.targets(spec))
 
-    def to_config(self, base_model: str) -> dict[str, Any]:
+    def to_config(self, base_model: str, spec: ModelSpec) -> dict[str, Any]:
         """The content of an `adapter_config.json` that PEFT reads. `all-linear` becomes the names it stands
         for, because readers such as vLLM do not know the word.
         """
         names = self.target_modules
-        target = sorted(_NAMES) if names == ALL_LINEAR else names if isinstance(names, str) else sorted(names)
+        target: Any = names if isinstance(names, str) else sorted(names)
+        parameters = sorted(self.target_parameters)
+        if names == ALL_LINEAR:
+            places = [place for layer in range(spec.num_layers) for place in projections(spec, layer)]
+            target = sorted({place.name for place in places if place.experts is None})
+            if not parameters:
+                parameters = sorted({f"mlp.experts.{place.name}" for place in places if place.experts})
         return {
             "alpha_pattern": {name: _whole(value) for name, value in self.alpha_pattern.items()},
             "base_model_name_or_path": base_model,
@@ -235,27 +268,23 @@ class LoraSpec:
             "r": self.r,
             "rank_pattern": dict(self.rank_pattern),
             "target_modules": target,
+            # Not every reader of the file knows this one, nor the last.
+            **({"target_parameters": parameters} if parameters else {}),
             "task_type": "CAUSAL_LM",
             "use_dora": False,
             "use_rslora": self.use_rslora,
-            # Not every reader of the file knows this one.
             **({"ensure_weight_tying": True} if self.ensure_weight_tying else {}),
         }
 
     def summary(self, spec: ModelSpec) -> str:
         """One line for the terminal."""
         names = self.target_modules if isinstance(self.target_modules, str) else ",".join(self.target_modules)
+        names = ",".join((names, *self.target_parameters))
         count, total = self.num_parameters(spec), spec.num_parameters()
         return (
             f"LoRA: rank {self.r}, alpha {self.lora_alpha:g}, dropout {self.lora_dropout:g}, {names}: "
             f"{count / 1e6:,.3f} M trainable parameters ({100 * count / total:.2f} % of the base)"
         )
-
-
-def hf_module(layer: int, projection: str) -> str:
-    """transformers' name of a projection, to which PEFT applies its patterns."""
-    block = "mlp" if projection in _MLP else "self_attn"
-    return f"model.layers.{layer}.{block}.{projection}"
 
 
 def enclosing_modules(name: str) -> list[str]:
@@ -272,16 +301,6 @@ def adapter_name(layer: int, parameter: str) -> str:
 def saved_name(tensor: str) -> str:
     """Name in checkpoints of a tensor of a module that is stored whole, such as `model.norm.weight`."""
     return f"{CHECKPOINT_PREFIX}modules_to_save.{tensor}"
-
-
-def projection_size(spec: ModelSpec, projection: str) -> tuple[int, int]:
-    """(out, in) features of a projection."""
-    hidden, ffn = spec.hidden_size, spec.ffn_hidden_size
-    q, kv = spec.num_attention_heads * spec.head_dim, spec.num_query_groups * spec.head_dim
-    sizes = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
-    return (sizes | {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)})[
-        projection
-    ]
 
 
 def _named(names: str | tuple[str, ...], module: str) -> bool:
@@ -341,6 +360,7 @@ def lora_from_options(options: LoraOptions) -> LoraSpec:
             lora_alpha=options.lora_alpha,
             lora_dropout=options.lora_dropout,
             target_modules=target,
+            target_parameters=tuple(sorted({name for v in options.target_parameters for name in _split(v)})),
             use_rslora=options.use_rslora,
             rank_pattern=options.rank_pattern,
             alpha_pattern=options.alpha_pattern,
@@ -430,6 +450,7 @@ def _lora_from_config(config: Mapping[str, Any]) -> LoraSpec:
         lora_alpha=float(config["lora_alpha"]),
         lora_dropout=float(config.get("lora_dropout") or 0.0),
         target_modules=target if isinstance(target, str) else tuple(sorted(target)),
+        target_parameters=tuple(sorted(str(name) for name in config.get("target_parameters") or ())),
         use_rslora=bool(config.get("use_rslora")),
         rank_pattern={str(k): int(v) for k, v in (config.get("rank_pattern") or {}).items()},
         alpha_pattern={str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()},

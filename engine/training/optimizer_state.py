@@ -1,8 +1,8 @@
 """The state of Megatron's distributed optimizer as boxes of whole tensors, where each rank holds it.
 
-A data-parallel rank owns a flat range of the elements of a parameter, which is at most three boxes of it: the
-end of a row, whole rows, and the beginning of one. Written like this nothing has to be gathered to save or
-scattered to load, and any other layout can read what it needs.
+A data-parallel rank owns a flat range of the elements of a parameter, which is at most three boxes of a
+matrix: the end of a row, whole rows, and the beginning of one. Written like this nothing has to be gathered
+to save or scattered to load, and any other layout can read what it needs.
 """
 
 import math
@@ -91,22 +91,21 @@ def _boxes(
     first: int, last: int, shape: tuple[int, ...]
 ) -> Iterator[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:
     """Flat elements [first, last) of a tensor as (start, stop, offsets, sizes) of boxes in it."""
-    if first >= last:
-        return
     if len(shape) == 1:
-        yield first, last, (first,), (last - first,)
+        if first < last:
+            yield first, last, (first,), (last - first,)
         return
-    assert len(shape) == 2, shape  # experts are described one by one
-    columns = shape[1]
+    inner = math.prod(shape[1:])
     while first < last:
-        row, column = divmod(first, columns)
-        whole = (last - first) // columns if column == 0 else 0
+        row, within = divmod(first, inner)
+        whole = (last - first) // inner if within == 0 else 0
         if whole:
-            stop, sizes = first + whole * columns, (whole, columns)
+            stop = first + whole * inner
+            yield first, stop, (row, *(0 for _ in shape[1:])), (whole, *shape[1:])
         else:
-            stop = min(last, (row + 1) * columns)
-            sizes = (1, stop - first)
-        yield first, stop, (row, column), sizes
+            stop = min(last, (row + 1) * inner)
+            for start, end, at, sizes in _boxes(within, within + stop - first, shape[1:]):
+                yield start + row * inner, end + row * inner, (row, *at), (1, *sizes)
         first = stop
 
 

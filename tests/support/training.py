@@ -17,6 +17,7 @@ from engine.config.options import MoeOptions, OptimizerOptions, ParallelOptions,
 from engine.config.parallel import ParallelLayout
 from engine.data.batches import collate
 from engine.data.template import EncodedRow
+from engine.model.lora_spec import CHECKPOINT_PREFIX
 from engine.model.spec import load_model_spec
 
 
@@ -39,6 +40,7 @@ class LayoutResult:
     expert_replica: int = 0
     """The same for the weights of experts."""
     etp_rank: int = 0
+    ep_rank: int = 0
 
 
 def random_rows(count: int, *, vocabulary: int, longest: int, seed: int) -> list[EncodedRow]:
@@ -213,6 +215,7 @@ def train_layout(
         tp_rank=groups.tp_rank,
         expert_replica=groups.expert_dp.rank(),
         etp_rank=groups.etp_rank,
+        ep_rank=groups.ep_rank,
     )
 
 
@@ -244,7 +247,7 @@ def local_tensors(
     named: list[Any] = [
         adapter
         for chunk, layers in zip(chunks, layout.chunks_of(groups.pp_rank), strict=True)
-        for adapter in named_adapters(chunk, layers)
+        for adapter in named_adapters(chunk, layers, groups)
     ]
     for weight in named or named_weights(chunks, layout, groups.pp_rank):
         value = weight.parameter.main_grad if gradients else weight.parameter.detach()
@@ -275,7 +278,9 @@ def merge(results: Sequence[LayoutResult], weight_map: dict[str, Any], kind: str
         for name, tensor in getattr(result, kind).items():
             replica, rank = result.replica, result.tp_rank
             if ".mlp.experts." in name:
-                replica, rank = result.expert_replica, result.etp_rank
+                # Every expert's weight has a name of its own, the adapters of all experts have one.
+                of_all = name.startswith(CHECKPOINT_PREFIX)
+                replica, rank = result.expert_replica, result.ep_rank if of_all else result.etp_rank
             if replica == 0:
                 assert rank not in shards.setdefault(name, {}), f"{name} is held twice"
                 shards[name][rank] = tensor
