@@ -104,6 +104,8 @@ def saved_tensors(spec: ModelSpec, lora: LoraSpec) -> dict[str, HfTensor]:
     tensors |= {LM_HEAD: HfTensor(name=LM_HEAD, shape=tensors[EMBEDDING].shape)}
     modules = dict.fromkeys(module for name in tensors for module in enclosing_modules(name))
     saved = set(lora.saved_modules(spec, modules))
+    if experts := sorted(module for module in saved if ".mlp.experts" in module):
+        raise ConfigError(f"modules_to_save: {experts[0]} is of experts, which cannot be stored whole here")
     return {
         name: HfTensor(name=f"{_HF_PREFIX}{name}", shape=tensor.shape)
         for name, tensor in tensors.items()

@@ -32,6 +32,16 @@ ADAPTERS: Mapping[str, dict[str, Any]] = {
         "alpha_pattern": {r"layers\.3\..*": 3},
     },
     "alpha 6": {"lora_alpha": 6},
+    "experts": {
+        "target_modules": ["q_proj", "o_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "rank_pattern": {"gate_up_proj": 3},
+    },
+    "shared experts": {
+        "target_modules": ["v_proj", "gate_proj", "down_proj"],
+        "target_parameters": ["experts.down_proj"],
+        "use_rslora": True,
+    },
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

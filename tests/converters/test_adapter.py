@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,15 @@ def names_in(directory: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("setting", ["all-linear", "subset"])
-@pytest.mark.parametrize("model", ["qwen2_tied", "qwen3_head_dim"])
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [
+        *product(["qwen2_tied", "qwen3_head_dim"], ["all-linear", "subset"]),
+        ("qwen2_moe", "experts"),
+        ("qwen2_moe", "shared experts"),
+        ("qwen3_moe", "experts"),
+    ],
+)
 def test_round_trip_is_byte_identical(
     bases: Bases, tmp_path: Path, model: str, setting: str, dtype: str
 ) -> None:
@@ -160,7 +168,7 @@ def test_a_run_knows_its_checkpoint(
     spec = load_model_spec(base)
     lora = lora_from_options(LoraOptions(target_modules=words, lora_rank=4))
     (tmp_path / "peft").mkdir()
-    (tmp_path / "peft" / CONFIG_FILE).write_bytes(new_adapter_config(lora, str(base)))
+    (tmp_path / "peft" / CONFIG_FILE).write_bytes(new_adapter_config(lora, str(base), spec))
     source = save_adapter(base, tmp_path / "source", target_modules=list(_names(lora.target_modules)))
     shutil.copyfile(source / ADAPTER_FILE, tmp_path / "peft" / ADAPTER_FILE)
     adapter_to_mcore(base, tmp_path / "peft", tmp_path / "mcore")
@@ -198,6 +206,9 @@ def _names(target: str | tuple[str, ...]) -> tuple[str, ...]:
         ("qwen2_tied", "both"),
         ("qwen3_head_dim", "rslora"),
         ("qwen3_head_dim", "patterns"),
+        ("qwen2_moe", "experts"),
+        ("qwen2_moe", "shared experts"),
+        ("qwen3_moe", "experts"),
     ],
 )
 def test_merge_is_that_of_peft(bases: Bases, tmp_path: Path, model: str, setting: str) -> None:

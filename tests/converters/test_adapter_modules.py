@@ -30,7 +30,7 @@ from converters.adapter import (
 from converters.mcore.reader import DistReader
 from converters.merge import merge, plan_merge
 from engine.errors import CheckpointError, ConfigError, ModelError
-from engine.model.lora_spec import CONFIG_FILE, LoraSpec, hf_module, read_lora_config
+from engine.model.lora_spec import CONFIG_FILE, LoraSpec, read_lora_config
 from engine.model.spec import ModelSpec, load_model_spec, model_spec_from_config
 from tests.launch.runs import everything_in, forget_launch_variables
 from tests.support.models import MODELS, save_tiny_model
@@ -301,7 +301,7 @@ def made_here(model: str, layers: int, **changes: Any) -> tuple[set[str], set[st
     lora = LoraSpec(r=4, lora_alpha=8.0, **{name: tuple(value) for name, value in changes.items()})
     spec = spec_of(model, num_hidden_layers=layers)
     lora.check(spec)
-    targets = {hf_module(layer, projection) for layer, _, projection, _ in lora.targets(layers)}
+    targets = {place.module for place, _ in lora.targets(spec)}
     return set(saved_tensors(spec, lora)), targets
 
 
@@ -374,9 +374,9 @@ def test_the_configuration_keeps_both_words(tmp_path: Path) -> None:
     lora_config(**config).save_pretrained(tmp_path)
     lora = read_lora_config(tmp_path)
     assert (lora.modules_to_save, lora.ensure_weight_tying) == (("embed_tokens",), True)
-    written = lora.to_config("")
+    written = lora.to_config("", spec_of("qwen2_tied"))
     assert written | config == written
-    plain = LoraSpec(r=4, lora_alpha=8.0).to_config("")
+    plain = LoraSpec(r=4, lora_alpha=8.0).to_config("", spec_of("qwen2_tied"))
     assert plain["modules_to_save"] is None
     assert "ensure_weight_tying" not in plain
 

@@ -16,10 +16,8 @@ from engine.errors import ConfigError, ModelError
 from engine.model.lora_spec import (
     ALL_LINEAR,
     CONFIG_FILE,
-    PROJECTIONS,
     LoraSpec,
     LowRank,
-    hf_module,
     lora_from_options,
     read_lora_config,
 )
@@ -105,13 +103,11 @@ def made_by_peft(model: PeftModel) -> list[tuple[str, LowRank]]:
 
 
 def targets_of(lora: LoraSpec, *, layers: int = LAYERS) -> list[tuple[str, LowRank]]:
-    found = list(lora.targets(layers))
-    assert all(projection in PROJECTIONS[linear] for _, linear, projection, _ in found)
-    return [(hf_module(layer, projection), shape) for layer, _, projection, shape in found]
+    return [(place.module, shape) for place, shape in lora.targets(spec_of_model(layers))]
 
 
-def spec_of_model() -> ModelSpec:
-    config = MODELS["qwen3_head_dim"]().to_dict()
+def spec_of_model(layers: int = LAYERS) -> ModelSpec:
+    config = MODELS["qwen3_head_dim"](num_hidden_layers=layers).to_dict()
     return model_spec_from_config(config | {"architectures": ["Qwen3ForCausalLM"]})
 
 
@@ -141,7 +137,7 @@ def test_full_names_that_all_linear_became_in_a_small_model(tmp_path: Path) -> N
 def test_peft_reads_what_is_written(tmp_path: Path, setting: str) -> None:
     lora_config(**SETTINGS[setting]).save_pretrained(tmp_path / "peft")
     lora = read_lora_config(tmp_path / "peft")
-    config = lora.to_config("some/base")
+    config = lora.to_config("some/base", spec_of_model())
     assert config["target_modules"] != ALL_LINEAR
     (tmp_path / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
     loaded = LoraConfig.from_pretrained(tmp_path)
@@ -149,7 +145,7 @@ def test_peft_reads_what_is_written(tmp_path: Path, setting: str) -> None:
     assert made_by_peft(peft_model(loaded)) == targets_of(lora)
     again = read_lora_config(tmp_path)
     assert targets_of(again) == targets_of(lora)
-    assert again.to_config("some/base") == config
+    assert again.to_config("some/base", spec_of_model()) == config
 
 
 def test_every_field_survives_the_configuration(tmp_path: Path) -> None:
@@ -165,14 +161,14 @@ def test_every_field_survives_the_configuration(tmp_path: Path) -> None:
         layers_to_transform=(0, 1),
         layers_pattern=("layers", "h"),
     )
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(lora.to_config("")), encoding="utf-8")
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(lora.to_config("", spec_of_model())), encoding="utf-8")
     assert read_lora_config(tmp_path) == lora
     loaded = LoraConfig.from_pretrained(tmp_path)
     assert (loaded.r, loaded.lora_alpha, loaded.lora_dropout) == (6, 2.5, 0.125)
     assert (loaded.rank_pattern, loaded.alpha_pattern) == ({"q_proj": 3}, {"q_proj": 0.5, "k_proj": 4})
     assert (loaded.layers_to_transform, loaded.layers_pattern) == ([0, 1], ["layers", "h"])
     # Readers other than PEFT want whole numbers where there is no fraction.
-    assert isinstance(lora.to_config("")["alpha_pattern"]["k_proj"], int)
+    assert isinstance(lora.to_config("", spec_of_model())["alpha_pattern"]["k_proj"], int)
 
 
 @pytest.mark.parametrize(
@@ -210,9 +206,10 @@ def test_other_flags() -> None:
         )
     )
     assert (lora.r, lora.lora_alpha, lora.lora_dropout, lora.use_rslora) == (4, 6.0, 0.25, True)
-    assert lora.at(0, "q_proj") == LowRank(rank=4, scaling=3.0)
-    assert lora.at(1, "k_proj") == LowRank(rank=9, scaling=4.0)
-    assert lora.at(0, "v_proj") is None
+    found = dict(targets_of(lora))
+    assert found["model.layers.0.self_attn.q_proj"] == LowRank(rank=4, scaling=3.0)
+    assert found["model.layers.1.self_attn.k_proj"] == LowRank(rank=9, scaling=4.0)
+    assert "model.layers.0.self_attn.v_proj" not in found
 
 
 @pytest.mark.parametrize(
@@ -276,7 +273,6 @@ UNSUPPORTED: Mapping[str, dict[str, Any]] = {
     "init_lora_weights 'olora'": {"init_lora_weights": "olora"},
     "task_type 'SEQ_CLS'": {"task_type": "SEQ_CLS"},
     "trainable_token_indices [3, 5]": {"trainable_token_indices": [3, 5]},
-    "target_parameters ['mlp.experts.down_proj']": {"target_parameters": ["mlp.experts.down_proj"]},
     "layer_replication [[0, 2], [1, 3]]": {"layer_replication": [[0, 2], [1, 3]]},
     "alora_invocation_tokens [7]": {"alora_invocation_tokens": [7]},
     "fan_in_fan_out True": {"fan_in_fan_out": True},
@@ -334,7 +330,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, content: Any, named: str) -> 
     """A mapping is what differs from a good configuration; `...` takes an entry away."""
     path = tmp_path / CONFIG_FILE
     if isinstance(content, dict):
-        config = LoraSpec(r=4, lora_alpha=8.0).to_config("") | content
+        config = LoraSpec(r=4, lora_alpha=8.0).to_config("", spec_of_model()) | content
         path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
     elif content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -1,16 +1,15 @@
-"""Runs of a mixture of experts: resumed bitwise, under other layouts of the experts, and exported."""
+"""Runs of a mixture of experts, whole and of LoRA adapters: resumed bitwise, and under other layouts."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from converters.convert import to_hf
-from converters.hf.reader import HfReader
 from launch.tiny import build_tiny_qwen3
-from tests.parity.test_resume import Runs, assert_same_weights, losses, weights
+from tests.parity.test_resume import LORA, Runs, assert_same_weights, losses, weights
 from tests.support.models import save_tiny_model
 from tests.support.workers import WorkerPool
 
@@ -33,6 +32,13 @@ def runs(workers: WorkerPool, model_dir: Path, tmp_path_factory: pytest.TempPath
 
 
 EP2_TP2_PP1 = ["--expert_model_parallel_size", "2", "--tensor_model_parallel_size", "2"]
+
+
+def assert_continued(straight: Path, resumed: Path) -> None:
+    expected, found = losses(straight), losses(resumed)
+    assert sorted(found) == [4, 5, 6]
+    for step, loss in found.items():
+        assert abs(loss - expected[step]) <= 1e-5 * expected[step]
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +77,7 @@ def test_another_layout_continues_the_run(
     runs: Runs, straight: Path, name: str, world_size: int, flags: list[str]
 ) -> None:
     resumed = runs.start(name, flags, world_size=world_size, resume=straight / "checkpoint-3")
-    expected, found = losses(straight), losses(resumed)
-    assert sorted(found) == [4, 5, 6]
-    for step, loss in found.items():
-        assert abs(loss - expected[step]) <= 1e-5 * expected[step]
+    assert_continued(straight, resumed)
 
 
 def test_what_is_logged(straight: Path) -> None:
@@ -89,13 +92,34 @@ def test_what_is_logged(straight: Path) -> None:
         before = record["tokens"]
 
 
-def test_no_steps_give_back_the_files(runs: Runs, model_dir: Path, tmp_path: Path) -> None:
-    """EP4 -> EP1 -> EP2 without a step: every tensor is what it was."""
-    first = runs.start("zero-ep4", ["--expert_model_parallel_size", "4", "--max_steps", "0"])
-    to_hf(first / "checkpoint-0", tmp_path / "hf")
-    found, expected = HfReader(tmp_path / "hf"), HfReader(model_dir)
-    assert found.tensors.keys() == expected.tensors.keys()
-    assert_same_weights(
-        {name: expected.read(name).clone() for name in expected.tensors},
-        {name: found.read(name).clone() for name in found.tensors},
-    )
+@pytest.fixture(scope="module")
+def straight_lora(runs: Runs) -> Path:
+    """The same with adapters in attention, shared and routed experts."""
+    return runs.start("lora", [*EP2_TP2_PP1, *LORA, "--save_steps", "3"])
+
+
+def test_resumed_lora_run_is_bitwise_the_uninterrupted_one(
+    runs: Runs, straight_lora: Path, tmp_path: Path
+) -> None:
+    resumed = runs.start("lora-resumed", [*EP2_TP2_PP1, *LORA], resume=straight_lora / "checkpoint-3")
+    expected = losses(straight_lora)
+    assert losses(resumed) == {step: expected[step] for step in (4, 5, 6)}
+    trained = weights(straight_lora / "checkpoint-6", tmp_path / "a")
+    assert_same_weights(trained, weights(resumed / "checkpoint-6", tmp_path / "b"))
+    assert any(".mlp.experts.base_layer.lora_B" in name and tensor.any() for name, tensor in trained.items())
+
+
+@pytest.mark.parametrize(("name", "world_size", "ep_size"), [("EP1", 1, "1"), ("EP4", 4, "4")])
+def test_another_layout_continues_the_lora_run(
+    runs: Runs, straight_lora: Path, name: str, world_size: int, ep_size: str
+) -> None:
+    flags = ["--expert_model_parallel_size", ep_size, *LORA]
+    resumed = runs.start(f"lora-{name}", flags, world_size=world_size, resume=straight_lora / "checkpoint-3")
+    assert_continued(straight_lora, resumed)
+
+
+def test_peft_loads_what_was_trained(straight_lora: Path, model_dir: Path, tmp_path: Path) -> None:
+    trained = weights(straight_lora / "checkpoint-6", tmp_path / "adapter")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_dir), tmp_path / "adapter")
+    loaded = {n.replace(".default", ""): p.detach() for n, p in model.named_parameters() if ".lora_" in n}
+    assert_same_weights(loaded, trained)

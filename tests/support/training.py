@@ -96,11 +96,19 @@ def open_run(
 
 
 def save_after_idle_step(
-    rank: int, world_size: int, *, model_dir: str, parallel: ParallelOptions, output_dir: str
+    rank: int,
+    world_size: int,
+    *,
+    model_dir: str,
+    parallel: ParallelOptions,
+    output_dir: str,
+    resume: str | None = None,
 ) -> None:
-    """Load a checkpoint under a layout, take a step with learning rate 0, and save."""
+    """Load a model, or resume from a checkpoint of it, under a layout, take a step with learning rate 0, and
+    save.
+    """
     from converters.mcore.companions import write_companions
-    from engine.training.checkpoint import CheckpointSaver, layout_degrees
+    from engine.training.checkpoint import CheckpointSaver, layout_degrees, load_checkpoint
     from engine.training.optimizer import set_learning_rate
     from engine.training.resume import TrainerState
     from engine.training.step import train_step
@@ -108,6 +116,8 @@ def save_after_idle_step(
     spec, platform, groups, models, optim = open_run(
         rank, world_size, model_dir, parallel, OptimizerOptions()
     )
+    if resume is not None:
+        load_checkpoint(Path(resume), TrainerState.read(Path(resume)), models, optim, groups)
     rows = random_rows(2, vocabulary=spec.vocab_size, longest=16, seed=0)
     set_learning_rate(optim, 0.0, 0.0)
     batches = [collate([row], pad_id=0, pad_to_multiple_of=2) for row in rows]
