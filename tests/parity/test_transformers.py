@@ -161,7 +161,8 @@ def check_copies(results: list[LayoutResult]) -> None:
     """
     name = "embedding.word_embeddings.weight"
     for copy in (result for result in results if result.copies):
-        original = next(r for r in results if r.place == (0, *copy.place[1:]))
+        place = copy.replica, copy.tp_rank
+        original = next(r for r in results if name in r.gradients and (r.replica, r.tp_rank) == place)
         assert torch.equal(copy.copies[f"gradient {name}"], original.gradients[name])
         assert torch.equal(copy.copies[f"weight {name}"], original.weights[name])
 
