@@ -24,6 +24,7 @@ def load_model_weights(
 
     Raises ModelError or CheckpointError if a tensor is missing, surplus, mis-shaped or unreadable.
     """
+    from engine.model.experts import is_expert_weight
     from engine.model.provider import named_weights
 
     model = open_model(model_dir)
@@ -32,7 +33,7 @@ def load_model_weights(
     for weight in parameters:
         # An expert's matrices are shared among ranks of their own.
         place = (groups.tp_rank, groups.layout.tp)
-        if weight.expert is not None:
+        if is_expert_weight(weight.parameter):
             place = (groups.etp_rank, groups.layout.etp)
         part, own = (
             model.weights[weight.name].to_megatron(model.source.read_slice, *place),

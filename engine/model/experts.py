@@ -6,6 +6,7 @@ this rank.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDisp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+
+# One kernel for the matrices of all experts; torch 2.10 made it public.
+grouped_mm: Any = getattr(F, "grouped_mm", torch._grouped_mm)
 
 
 class MixtureOfExperts(MoELayer):
@@ -62,10 +66,13 @@ class ExpertLayer(TransformerLayer):
 class SharedExpert(SharedExpertMLP):
     """The expert that every token goes to."""
 
+    column_linear: type = ColumnParallelLinear
+    row_linear: type = RowParallelLinear
+
     def __init__(
         self, config: TransformerConfig, gate: bool, pg_collection: Any = None, **unused: Any
     ) -> None:
-        linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        linears = MLPSubmodules(linear_fc1=self.column_linear, linear_fc2=self.row_linear)
         super().__init__(config=config, submodules=linears, gate=gate, pg_collection=pg_collection)
 
 
@@ -107,9 +114,19 @@ class ExpertMatrices:
 
 
 def _grouped_linear(tokens: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+    """[N, in] and [K, out, in] -> [N, out]."""
+    if tokens.is_cuda and tokens.dtype == torch.bfloat16 and _aligned(tokens, weight):
+        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32).to(tokens.device, non_blocking=True)
+        return grouped_mm(tokens, weight.transpose(1, 2), offs=ends)
     # Unbound at once: indexing would give every expert a gradient of the size of all.
     rows = zip(tokens.split(counts), weight.unbind(), strict=True)
     return torch.cat([F.linear(x, matrix) for x, matrix in rows])
+
+
+def _aligned(tokens: Tensor, weight: Tensor) -> bool:
+    """Whether torch's kernel of all experts at once takes them: its rows begin at multiples of 16 bytes."""
+    rows = (tokens.shape[1], *weight.shape[1:])
+    return tokens.shape[0] > 0 and all(size * tokens.element_size() % 16 == 0 for size in rows)
 
 
 class ExpertLinear(torch.nn.Module):

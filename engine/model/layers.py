@@ -68,6 +68,11 @@ class LayerParts:
     row_linear: type
     norm: type
     core_attention: type
+    shared_expert: type
+    experts: type
+    """Those of a rank that tokens are routed to."""
+    norm_linear: type | None = None
+    """A column-parallel linear with the norm before it in itself; None: norms are modules of their own."""
 
 
 class RMSNorm(torch.nn.Module):

@@ -97,12 +97,14 @@ def transformer_config(
         "recompute_method": method,
         "recompute_num_layers": layers,
         "distribute_saved_activations": False,
-        **(_experts(spec, layout, moe or MoeOptions()) if spec.moe is not None else {}),
+        **(_experts(spec, layout, platform, moe or MoeOptions()) if spec.moe is not None else {}),
     }
     return TransformerConfig(**mcore.known_fields(TransformerConfig, values))
 
 
-def _experts(spec: ModelSpec, layout: ParallelLayout, options: MoeOptions) -> dict[str, Any]:
+def _experts(
+    spec: ModelSpec, layout: ParallelLayout, platform: Platform, options: MoeOptions
+) -> dict[str, Any]:
     moe = spec.moe
     assert moe is not None
     return {
@@ -115,6 +117,8 @@ def _experts(spec: ModelSpec, layout: ParallelLayout, options: MoeOptions) -> di
         "moe_router_dtype": "fp32",
         # Braid's router has the loss of all layers together.
         "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": platform.use_te,
+        "moe_permute_fusion": platform.use_te,
         "moe_expert_capacity_factor": options.moe_expert_capacity_factor,
         "moe_token_drop_policy": options.moe_token_drop_policy or "probs",
         "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size,
@@ -141,45 +145,23 @@ def _recompute(options: RecomputeOptions) -> tuple[str | None, str | None, int |
 
 
 def block_spec(
-    config: TransformerConfig,
-    platform: Platform,
-    *,
-    sparse: Sequence[bool],
-    dispatcher: str,
-    vp_stage: int | None,
-    fused_norm: bool = True,
+    config: TransformerConfig, parts: LayerParts, *, sparse: Sequence[bool], dispatcher: str
 ) -> Any:
-    """Megatron's specification of a chunk of decoder layers, with Braid's attention in it; `sparse` says
-    which of them have experts.
-
-    Without `fused_norm` the norms of Transformer Engine are modules of their own: LoRA reads what they
-    return.
-    """
-    if platform.use_te and fused_norm:
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-
-        from engine.model.te_layers import TECoreAttention
-
-        block = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=True, normalization="RMSNorm", vp_stage=vp_stage
-        )
-        for layer in block.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = TECoreAttention
-        return block
+    """Megatron's specification of a chunk of decoder layers; `sparse` says which of them have experts."""
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    parts = _torch_parts()
-    if platform.use_te:
-        from engine.model.te_layers import te_parts
-
-        parts = te_parts()
     return TransformerBlockSubmodules(
         layer_specs=[_layer_spec(config, parts, dispatcher if experts else None) for experts in sparse],
         layer_norm=parts.norm,
     )
 
 
-def _torch_parts() -> LayerParts:
+def layer_parts(platform: Platform, *, lora: bool) -> LayerParts:
+    """The classes of the layers on a platform; LoRA reads what norms return."""
+    if platform.use_te:
+        from engine.model.te_layers import te_parts
+
+        return te_parts(fused_norm=not lora)
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     return LayerParts(
@@ -187,6 +169,8 @@ def _torch_parts() -> LayerParts:
         row_linear=RowParallelLinear,
         norm=RMSNorm,
         core_attention=CoreAttention,
+        shared_expert=SharedExpert,
+        experts=GroupedExperts,
     )
 
 
@@ -195,41 +179,48 @@ def _layer_spec(config: TransformerConfig, parts: LayerParts, dispatcher: str | 
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.identity_op import IdentityOp
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
-    from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
     qk_norm = parts.norm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
-        linear_qkv=parts.column_linear,
+        linear_qkv=parts.norm_linear or parts.column_linear,
         core_attention=parts.core_attention,
         linear_proj=parts.row_linear,
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
-    if dispatcher is None:
-        linears = MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
-        mlp = ModuleSpec(module=MLP, submodules=linears)
-    else:
-        mlp = ModuleSpec(
-            module=MixtureOfExperts,
-            params={"dispatcher": dispatcher},
-            submodules=MoESubmodules(experts=GroupedExperts, shared_experts=SharedExpert, router=Router),
-        )
+    dense, fused = dispatcher is None, parts.norm_linear is not None
     return ModuleSpec(
-        module=TransformerLayer if dispatcher is None else ExpertLayer,
+        module=TransformerLayer if dense else ExpertLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=parts.norm,
+            input_layernorm=IdentityOp if fused else parts.norm,
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=parts.norm,
-            mlp=mlp,
+            pre_mlp_layernorm=IdentityOp if dense and fused else parts.norm,
+            mlp=_mlp_spec(parts, dispatcher),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=canonical_norms(experts=dispatcher is not None),
+            sharded_state_dict_keys_map={} if fused else canonical_norms(experts=not dense),
         ),
+    )
+
+
+def _mlp_spec(parts: LayerParts, dispatcher: str | None) -> Any:
+    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    if dispatcher is None:
+        linears = MLPSubmodules(
+            linear_fc1=parts.norm_linear or parts.column_linear, linear_fc2=parts.row_linear
+        )
+        return ModuleSpec(module=MLP, submodules=linears)
+    return ModuleSpec(
+        module=MixtureOfExperts,
+        params={"dispatcher": dispatcher},
+        submodules=MoESubmodules(experts=parts.experts, shared_experts=parts.shared_expert, router=Router),
     )
 
 
@@ -261,11 +252,9 @@ def build_chunks(
             config=config,
             transformer_layer_spec=block_spec(
                 config,
-                platform,
+                layer_parts(platform, lora=lora is not None),
                 sparse=[spec.has_experts(layer) for layer in layers],
                 dispatcher=moe.moe_token_dispatcher_type,
-                vp_stage=vp_stage,
-                fused_norm=lora is None,
             ),
             vocab_size=spec.padded_vocab_size(layout.tp),
             max_sequence_length=spec.max_position_embeddings,
@@ -314,16 +303,29 @@ def named_weights(
             name = own_name.replace(".base_layer.", ".")
             canonical = canonical_name(name, first_layer=layers.start, spec=chunk.spec)
             if ".mlp.experts." in name:
-                first = chunk.pg_collection.ep.rank() * parameter.shape[0]
-                for index in range(parameter.shape[0]):
-                    own = f"{canonical}{first + index}"
-                    yield NamedWeight(name=own, parameter=parameter, is_copy=False, expert=index)
+                yield from _experts_in(parameter, canonical, chunk)
                 continue
             yield NamedWeight(
                 name=canonical,
                 parameter=parameter,
                 is_copy=name == "output_layer.weight" and chunk.spec.tied_embeddings,
             )
+
+
+def _experts_in(parameter: torch.nn.Parameter, name: str, chunk: BraidGPTModel) -> Iterator[NamedWeight]:
+    """The experts that a parameter holds: all of the rank's, or of Transformer Engine's one whose index is
+    at the end of `name`.
+    """
+    prefix, _, local = name.rpartition(".weight")
+    count = chunk.config.num_moe_experts // chunk.pg_collection.ep.size()
+    first = chunk.pg_collection.ep.rank() * count
+    for index in [int(local)] if local else range(count):
+        yield NamedWeight(
+            name=f"{prefix}.weight{first + index}",
+            parameter=parameter,
+            is_copy=False,
+            expert=None if local else index,
+        )
 
 
 def canonical_name(name: str, *, first_layer: int, spec: ModelSpec) -> str:

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from converters.adapter import open_adapter
+from converters.convert import to_hf
 from converters.mapping import weight_map
 from engine.config.options import OptimizerOptions, ParallelOptions
+from engine.model.experts import ExpertMatrices
 from engine.model.spec import load_model_spec
 from tests.parity.test_transformers import LAYOUTS, assert_parity, train_on, train_plainly
-from tests.support.models import MODELS, save_adapter, save_tiny_model
+from tests.support.models import MODELS, MOE_MODELS, save_adapter, save_tiny_model
 from tests.support.reference import train_reference
-from tests.support.training import merge, random_rows, train_layout
+from tests.support.training import merge, random_rows, save_after_idle_step, train_layout
 from tests.support.workers import WorkerPool
 
 
@@ -70,12 +72,25 @@ BF16_CASES = [
     ("te", {"context_parallel_size": 2, "cp_comm_type": "a2a"}),
     ("te", {"tensor_model_parallel_size": 2}),
 ]
+EXPERT_CASES = [
+    ("torch", {}),
+    ("te", {}),
+    ("torch", {"expert_model_parallel_size": 2}),
+    ("te", {"expert_model_parallel_size": 2}),
+    ("te", {"expert_model_parallel_size": 2, "tensor_model_parallel_size": 2}),
+]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize(("impl", "degrees"), BF16_CASES, ids=lambda case: str(case))
-@pytest.mark.parametrize("model", ["qwen2_tied", "qwen3_head_dim"])
+@pytest.mark.parametrize(
+    ("model", "impl", "degrees"),
+    [
+        *((model, *case) for model in ("qwen2_tied", "qwen3_head_dim") for case in BF16_CASES),
+        *((model, *case) for model in MOE_MODELS for case in EXPERT_CASES),
+    ],
+    ids=lambda case: str(case),
+)
 def test_bf16_gradients_follow_fp32(
     gpus: WorkerPool, model: str, impl: str, degrees: dict[str, Any], lora: bool, tmp_path: Path
 ) -> None:
@@ -86,8 +101,10 @@ def test_bf16_gradients_follow_fp32(
     if world_size > gpus.size:
         pytest.skip(f"needs {world_size} GPUs, {gpus.size} are here")
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
-    if MODELS[model]().model_type == "qwen3":
+    if model.startswith("qwen3"):
         shape["head_dim"] = 64
+    if model in MOE_MODELS:
+        shape |= {"moe_intermediate_size": 128, "num_hidden_layers": 2}
     directory = save_tiny_model(model, tmp_path / "model", **shape)
     spec = load_model_spec(directory)
     adapter = str(save_adapter(directory, tmp_path / "adapter", scale=0.02)) if lora else None
@@ -113,3 +130,52 @@ def test_bf16_gradients_follow_fp32(
     for name, wanted in reference.gradients.items():
         cosine = torch.nn.functional.cosine_similarity(gradients[name].flatten(), wanted.flatten(), dim=0)
         assert cosine > 0.98, f"{name}: cosine {cosine:.4f}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["qwen2_tied", "qwen3_head_dim", *MOE_MODELS])
+def test_transformer_engine_and_torch_read_each_others_checkpoints(
+    gpus: WorkerPool, model: str, tmp_path: Path
+) -> None:
+    """Weights go through both and come back byte by byte."""
+    pytest.importorskip("transformer_engine", reason="Transformer Engine is not installed")
+    source, saved = save_tiny_model(model, tmp_path / "source", dtype=torch.bfloat16), None
+    for number, impl in enumerate(("te", "torch", "te")):
+        run = tmp_path / f"run-{number}"
+        gpus.run(
+            save_after_idle_step,
+            1,
+            model_dir=str(source),
+            parallel=ParallelOptions(),
+            output_dir=str(run),
+            resume=saved,
+            dtype="bfloat16",
+            transformer_impl=impl,
+        )
+        saved = str(run / "checkpoint-0")
+    to_hf(tmp_path / "run-2" / "checkpoint-0", tmp_path / "back")
+    name = "model.safetensors"
+    assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 8, 4], ids=lambda width: f"{width} features")
+def test_one_kernel_for_all_experts(width: int) -> None:
+    """Against the experts one by one in fp64; with experts that no token went to, at both ends, too."""
+    torch.manual_seed(0)
+    counts = [0, 5, 0, 33, 1, 0]
+    tokens = torch.randn(sum(counts), 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(len(counts), width, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(sum(counts), width, device="cuda", dtype=torch.bfloat16)
+    out = ExpertMatrices(weight=weight).apply(tokens, counts)
+    out.backward(upstream)
+    wide = [t.detach().double().requires_grad_() for t in (tokens, weight)]
+    parts = zip(wide[0].split(counts), wide[1], strict=True)
+    expected = torch.cat([part @ matrix.T for part, matrix in parts])
+    expected.backward(upstream.double())
+    for found, wanted in ((out, expected), (tokens.grad, wide[0].grad), (weight.grad, wide[1].grad)):
+        assert found is not None
+        assert wanted is not None
+        torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=2e-2)
+    assert weight.grad is not None
+    assert not weight.grad[[0, 2, 5]].any()

@@ -103,6 +103,8 @@ def save_after_idle_step(
     parallel: ParallelOptions,
     output_dir: str,
     resume: str | None = None,
+    dtype: str = "float32",
+    transformer_impl: str = "torch",
 ) -> None:
     """Load a model, or resume from a checkpoint of it, under a layout, take a step with learning rate 0, and
     save.
@@ -114,7 +116,13 @@ def save_after_idle_step(
     from engine.training.step import train_step
 
     spec, platform, groups, models, optim = open_run(
-        rank, world_size, model_dir, parallel, OptimizerOptions()
+        rank,
+        world_size,
+        model_dir,
+        parallel,
+        OptimizerOptions(),
+        dtype=dtype,
+        transformer_impl=transformer_impl,
     )
     if resume is not None:
         load_checkpoint(Path(resume), TrainerState.read(Path(resume)), models, optim, groups)
