@@ -1,8 +1,14 @@
-"""Every YAML file in configs/ parses, fits the real model that it is named after, and passes a dry run."""
+"""Every YAML file in configs/ parses, fits the real model that it is named after, and passes a dry run, also
+through the script of its own that some have in launch/.
+"""
 
+import os
 import re
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +41,17 @@ def _shape(
     }
 
 
+def _experts(width: int) -> dict[str, Any]:
+    """What both sizes of Qwen3-MoE have in common, and the width of an expert."""
+    return {
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": width,
+        "norm_topk_prob": True,
+    }
+
+
 # config.json of the published checkpoints, and their parameters in billions as the model cards say.
 SHAPES: Mapping[str, tuple[dict[str, Any], float]] = {
     "qwen2_5_0_5b": (_shape(24, 896, 4864, 14, 2, tied=True), 0.49),
@@ -50,6 +67,8 @@ SHAPES: Mapping[str, tuple[dict[str, Any], float]] = {
     "qwen3_8b": (_shape(36, 4096, 12288, 32, 8), 8.2),
     "qwen3_14b": (_shape(40, 5120, 17408, 40, 8), 14.8),
     "qwen3_32b": (_shape(64, 5120, 25600, 64, 8), 32.8),
+    "qwen3_30b_a3b": (_shape(48, 2048, 6144, 32, 4) | _experts(768), 30.5),
+    "qwen3_235b_a22b": (_shape(94, 4096, 12288, 64, 4) | _experts(1536), 235.0),
     # launch/tiny.py with the vocabulary that its tokenizer reaches.
     "qwen3_tiny": (_shape(4, 128, 384, 4, 2, 2048) | {"head_dim": 48}, 0.0014),
 }
@@ -66,15 +85,18 @@ class Name:
 
     @classmethod
     def of(cls, path: Path) -> "Name":
-        match = re.fullmatch(r"(qwen[\d_]+(?:b|tiny))_(?:[a-z]+_)?(?:(?:(\d+)x)?(\d+)gpu|cpu)", path.stem)
+        match = re.fullmatch(
+            r"(qwen[\d_]+(?:b(?:_a\d+b)?|tiny))_(?:[a-z]+_)?(?:(?:(\d+)x)?(\d+)gpu|cpu)", path.stem
+        )
         assert match, f"{path.name} is not named MODEL_METHOD_[NODESx]GPUSgpu.yaml or MODEL_cpu.yaml"
         assert match[1] in SHAPES, f"{path.name}: add the shape of {match[1]} to this test"
         return cls(model=match[1], nodes=int(match[2] or 1), processes=int(match[3]) if match[3] else None)
 
 
 def spec_of(model: str) -> ModelSpec:
-    architecture = "Qwen3ForCausalLM" if model.startswith("qwen3") else "Qwen2ForCausalLM"
-    return model_spec_from_config({"architectures": [architecture], **SHAPES[model][0]})
+    config = SHAPES[model][0]
+    family, moe = model.split("_")[0].capitalize(), "Moe" if "num_experts" in config else ""
+    return model_spec_from_config({"architectures": [f"{family}{moe}ForCausalLM"], **config})
 
 
 def test_there_are_configs() -> None:
@@ -101,6 +123,7 @@ def test_config_fits_the_real_model(path: Path) -> None:
         config.parallel, num_layers=spec.num_layers, world_size=processes * name.nodes
     )
     spec.check_tensor_parallel(layout.tp)
+    spec.check_expert_parallel(layout.ep, layout.etp)
     layout.check_micro_batches(resolve_batch_shape(config.batch, data_parallel_size=layout.dp).accumulation)
     for dataset in [*config.data.dataset, *config.data.val_dataset]:
         assert (ROOT / dataset.split("#")[0]).is_file(), f"{dataset} is not shipped"
@@ -113,31 +136,49 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def small_model(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """small_model(name): with as many layers, heads and experts as the real model, each of them tiny."""
+
+    @cache
+    def make(name: str) -> Path:
+        directory = tmp_path_factory.mktemp(name)
+        real = SHAPES[name][0]
+        kept = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
+        kind = "qwen3_head_dim" if name.startswith("qwen3") else "qwen2_untied"
+        tiny: dict[str, Any] = {"hidden_size": 2 * real["num_attention_heads"], "intermediate_size": 64}
+        if "num_experts" in real:
+            kind, kept = "qwen3_moe", (*kept, "num_experts", "num_experts_per_tok")
+            tiny["moe_intermediate_size"] = 2
+        if kind.startswith("qwen3"):
+            tiny["head_dim"] = 2
+        save_tiny_model(kind, directory, **tiny, **{key: real[key] for key in kept})
+        for file in tokenizer.iterdir():
+            (directory / file.name).write_bytes(file.read_bytes())
+        return directory
+
+    return make
+
+
+def dry_run(model: Path, tmp_path: Path) -> list[str]:
+    """The flags beside the configuration's."""
+    data = write_rows(tmp_path / "rows.jsonl", question_rows())
+    words = ["--model", str(model), "--dataset", str(data), "--output_dir", str(tmp_path / "out")]
+    return [*words, "--dry_run", "--device", "cpu", "--torch_dtype", "float32"]
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_passes_a_dry_run(
     path: Path,
-    tokenizer: Path,
+    small_model: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With as many layers and heads as the real model, each of them tiny."""
     forget_launch_variables(monkeypatch)
     monkeypatch.setenv("BRAID_CACHE", str(tmp_path / "cache"))
     name = Name.of(path)
-    real = SHAPES[name.model][0]
-    kept = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
-    tiny = {key: real[key] for key in kept} | {
-        "hidden_size": 2 * real["num_attention_heads"],
-        "intermediate_size": 64,
-    }
-    kind = "qwen3_head_dim" if name.model.startswith("qwen3") else "qwen2_untied"
-    model = save_tiny_model(kind, tmp_path / "model", **tiny, **({"head_dim": 2} if "3_" in kind else {}))
-    for file in tokenizer.iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    data = write_rows(tmp_path / "rows.jsonl", question_rows())
-    words = ["sft", "--config", str(path), "--model", str(model), "--dataset", str(data), "--dry_run"]
-    words += ["--output_dir", str(tmp_path / "out"), "--device", "cpu", "--torch_dtype", "float32"]
+    words = ["sft", "--config", str(path), *dry_run(small_model(name.model), tmp_path)]
     if name.nodes > 1:
         words += [
             "--nnodes",
@@ -151,6 +192,43 @@ def test_config_passes_a_dry_run(
         ]
     assert main(words) == 0
     printed = capsys.readouterr()
-    assert f"{real['num_hidden_layers']} layers" in printed.out
+    assert f"{SHAPES[name.model][0]['num_hidden_layers']} layers" in printed.out
     assert "8 rows -> 8 sequences" in printed.out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "layout"),
+    [
+        ("qwen3_30b_a3b_8gpu.sh", "8 ranks = TP 4 x PP 1 x CP 1 x DP 2, experts EP 8 x ETP 1"),
+        ("qwen3_235b_a22b_16x8gpu.sh", "128 ranks = TP 4 x PP 8 x CP 1 x DP 4, experts EP 8 x ETP 1"),
+    ],
+)
+def test_launch_script_passes_a_dry_run(
+    script: str,
+    layout: str,
+    small_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "bin").mkdir()
+    braid = tmp_path / "bin" / "braid"
+    braid.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m launch.cli "$@"\n')
+    braid.chmod(0o755)
+    forget_launch_variables(monkeypatch)
+    values = {
+        "PATH": f"{braid.parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "BRAID_CACHE": str(tmp_path / "cache"),
+        # Whatever number of GPUs this machine has.
+        "NPROC_PER_NODE": "8",
+        "NODE_RANK": "0",
+        "MASTER_ADDR": "localhost",
+    }
+    for variable, value in values.items():
+        monkeypatch.setenv(variable, value)
+    model = re.sub(r"_[\dx]+gpu\.sh$", "", script)
+    command = [ROOT / "launch" / script, *dry_run(small_model(model), tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert layout in done.stdout
