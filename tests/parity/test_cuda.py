@@ -10,9 +10,12 @@ import torch
 from converters.adapter import open_adapter
 from converters.convert import to_hf
 from converters.mapping import weight_map
-from engine.config.options import OptimizerOptions, ParallelOptions
+from engine.config.options import MoeOptions, OptimizerOptions, ParallelOptions
 from engine.model.experts import ExpertMatrices
 from engine.model.spec import load_model_spec
+from tests.parity.test_experts import AUX_LOSS_COEF
+from tests.parity.test_experts import LAYOUTS as EXPERT_LAYOUTS
+from tests.parity.test_lora_experts import EXPERTS
 from tests.parity.test_transformers import LAYOUTS, assert_parity, train_on, train_plainly
 from tests.support.models import MODELS, MOE_MODELS, save_adapter, save_tiny_model
 from tests.support.reference import train_reference
@@ -60,6 +63,24 @@ def test_lora_equals_peft_over_nccl(gpus: WorkerPool, layout: str, tmp_path: Pat
     results = train_on(gpus, world_size, directory, parallel, adapter=adapter)
     weights = open_adapter(adapter, load_model_spec(directory)).weights
     assert_parity(results, train_plainly(directory, adapter_dir=adapter), directory, weights)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("layout", ["EP2", "EP2xTP2"])
+@pytest.mark.parametrize("model", MOE_MODELS)
+def test_experts_over_nccl(gpus: WorkerPool, model: str, layout: str, adapter: bool, tmp_path: Path) -> None:
+    world_size, parallel, layers = EXPERT_LAYOUTS[layout]
+    directory = save_tiny_model(model, tmp_path / "model", num_hidden_layers=layers)
+    weights, made = None, None
+    if adapter:
+        settings = {"target_modules": ["q_proj", "o_proj"], "target_parameters": EXPERTS}
+        made = str(save_adapter(directory, tmp_path / "adapter", **settings))
+        weights = open_adapter(made, load_model_spec(directory)).weights
+    moe = MoeOptions(router_aux_loss_coef=AUX_LOSS_COEF)
+    results = train_on(gpus, world_size, directory, parallel, moe=moe, adapter=made)
+    expected = train_plainly(directory, aux_loss_coef=AUX_LOSS_COEF, adapter_dir=made)
+    assert_parity(results, expected, directory, weights)
 
 
 # Implementation of the layers, degrees, how context-parallel ranks exchange.
