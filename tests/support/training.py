@@ -118,7 +118,7 @@ def save_after_idle_step(
         data_fingerprint="",
         seed=1,
         tokens=0,
-        layout=layout_degrees(groups),
+        layout=layout_degrees(models, groups),
     )
     saver = CheckpointSaver(
         Path(output_dir),
