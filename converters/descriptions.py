@@ -21,7 +21,7 @@ from converters.inspection import (
     StoredTensor,
     layer_of,
 )
-from engine.errors import CheckpointError, ModelError, UserError
+from engine.errors import CheckpointError, MalformedConfigError, ModelError, UserError
 from engine.model.lora_spec import CONFIG_FILE as ADAPTER_CONFIG
 from engine.model.lora_spec import read_lora_config
 from engine.model.spec import ModelSpec, load_model_spec
@@ -31,10 +31,8 @@ from engine.storage.manifest import MANIFEST_FILE, STATE_FILE, check_manifest, r
 LARGEST = 2**63
 """Sizes from here on are nobody's: a description may claim any number, and Python refuses to print some."""
 
-_MAX_LAYERS, _MAX_WIDTH, _MAX_RANKS = 10_000, 2**40, 2**20
-"""Of models and runs; a model's table of weights is as long as it has layers, and experts in them."""
-_MAX_EXPERTS = 200_000
-"""In all layers."""
+_MAX_RANKS = 2**20
+"""Of a run."""
 _DEGREES = ("tp", "pp", "vpp", "cp", "dp")
 _EXPERT_DEGREES = ("ep", "etp")
 
@@ -112,24 +110,11 @@ def read_model(
         return _model_of_tensors(tensors), None
     try:
         spec = load_model_spec(config_dir)
-        sizes: tuple[int, ...] = (
-            spec.hidden_size,
-            spec.ffn_hidden_size,
-            spec.vocab_size,
-            spec.num_attention_heads,
-        )
-        moe = spec.moe
-        if moe is not None:
-            sizes = (*sizes, moe.ffn_hidden_size, moe.shared_ffn_hidden_size or 0)
-        experts = 0 if moe is None else moe.num_experts * spec.num_layers
-        widest = max(*sizes, spec.head_dim)
-        if widest > _MAX_WIDTH or spec.num_layers > _MAX_LAYERS or experts > _MAX_EXPERTS:
-            raise ValueError("its sizes are no model's")
+    except MalformedConfigError as error:
+        found.problem("config.json", error)
+        return _model_of_config(config, tensors), None
     except ModelError as error:
         found.note(error)
-        return _model_of_config(config, tensors), None
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        found.problem("config.json", f"{path} is malformed ({shown(error)})")
         return _model_of_config(config, tensors), None
     return ModelSummary(
         described_by="config.json",

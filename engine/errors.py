@@ -26,6 +26,10 @@ class ModelError(UserError):
     """
 
 
+class MalformedConfigError(ModelError):
+    """A model's configuration says what no model has: a value of another type, or a size beyond bounds."""
+
+
 class CheckpointError(UserError):
     """A Megatron checkpoint is missing, incomplete or does not belong to this run."""
 

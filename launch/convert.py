@@ -1,5 +1,6 @@
 """`braid convert` and `braid merge`: flags, the plan of a dry run, the progress of a real one."""
 
+import math
 import os
 import re
 import shlex
@@ -58,6 +59,12 @@ class LayoutOptions:
     """Checked against the model."""
 
     virtual_pipeline_model_parallel_size: int | None = None
+    """Checked against the model."""
+
+    expert_model_parallel_size: int = 1
+    """Checked against the model."""
+
+    expert_tensor_parallel_size: int = 1
     """Checked against the model."""
 
 
@@ -278,10 +285,16 @@ def _check_layout(options: ConvertOptions) -> None:
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
     )
-    ranks = max(1, layout.tensor_model_parallel_size) * max(1, layout.pipeline_model_parallel_size)
+    experts = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
+    ranks = max(1, layout.pipeline_model_parallel_size) * max(
+        1, math.lcm(layout.tensor_model_parallel_size, experts)
+    )
     resolved = ParallelLayout.resolve(degrees, num_layers=spec.num_layers, world_size=ranks)
     spec.check_tensor_parallel(resolved.tp)
+    spec.check_expert_parallel(resolved.ep, resolved.etp)
 
 
 def _dtype(output: OutputOptions) -> Any:

@@ -53,7 +53,7 @@ def build_tiny_qwen3(directory: Path, *, seed: int = 0, **overrides: int) -> Pat
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     directory.mkdir(parents=True, exist_ok=True)
-    vocab_size = build_tokenizer(_texts(), directory)
+    vocab_size = build_tokenizer(texts(), directory)
     shape = {
         "vocab_size": vocab_size,
         "hidden_size": 128,
@@ -75,7 +75,8 @@ def build_tiny_qwen3(directory: Path, *, seed: int = 0, **overrides: int) -> Pat
     return directory
 
 
-def _texts() -> Iterator[str]:
+def texts() -> Iterator[str]:
+    """Everything that the shipped conversations say."""
     for name in ("qa.jsonl", "demo.jsonl"):
         for messages in read_messages(DATA_DIR / name):
             yield from (message["content"] for message in messages)

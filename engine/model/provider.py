@@ -68,6 +68,26 @@ def transformer_config(
         "embedding_init_method": _keep,
         "perform_initialization": True,
         "use_cpu_initialization": False,
+        **_parallelism(layout, platform),
+        # The only normalisation that is right with masked tokens and uneven rows: by the step's tokens.
+        "calculate_per_token_loss": True,
+        "gradient_accumulation_fusion": False,
+        "bias_dropout_fusion": False,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": platform.use_te,
+        "recompute_granularity": granularity,
+        "recompute_method": method,
+        "recompute_num_layers": layers,
+        "distribute_saved_activations": False,
+        **(_experts(spec, layout, platform, moe or MoeOptions()) if spec.moe is not None else {}),
+    }
+    return TransformerConfig(**mcore.known_fields(TransformerConfig, values))
+
+
+def _parallelism(layout: ParallelLayout, platform: Platform) -> dict[str, Any]:
+    return {
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
@@ -85,21 +105,7 @@ def transformer_config(
         # Batched sends and receives of an interleaved schedule over two ranks would pair up wrongly.
         "overlap_p2p_comm": layout.vpp > 1,
         "batch_p2p_comm": layout.vpp == 1,
-        # The only normalisation that is right with masked tokens and uneven rows: by the step's tokens.
-        "calculate_per_token_loss": True,
-        "gradient_accumulation_fusion": False,
-        "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-        "persist_layer_norm": platform.use_te,
-        "recompute_granularity": granularity,
-        "recompute_method": method,
-        "recompute_num_layers": layers,
-        "distribute_saved_activations": False,
-        **(_experts(spec, layout, platform, moe or MoeOptions()) if spec.moe is not None else {}),
     }
-    return TransformerConfig(**mcore.known_fields(TransformerConfig, values))
 
 
 def _experts(

@@ -83,7 +83,9 @@ class Router(MegatronModule):
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, experts, True)
         kept = chosen
         if self.config.moe_expert_capacity_factor is not None:
-            kept = chosen & self._within_capacity(weights.detach(), chosen)
+            # Padding takes no real token's place.
+            real = chosen if self.balance is None else chosen & self.balance.real[:, None]
+            kept = real & self._within_capacity(weights.detach() * real, real)
             weights = weights * kept
         if self.balance is not None:
             weights = self._watch(self.balance, weights, scores, logits, chosen, kept)

@@ -6,12 +6,13 @@
 import json
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.errors import ConfigError, ModelError
+from engine.errors import ConfigError, MalformedConfigError, ModelError
 
 # Megatron pads the vocabulary to a multiple of this (times TP); Qwen's published vocabularies divide by it
 # already, so that a stored checkpoint has the same shapes under every tensor-parallel degree that divides it.
@@ -25,6 +26,11 @@ ARCHITECTURES: Mapping[str, Family] = {
     "Qwen3MoeForCausalLM": "qwen3",
 }
 ROPE_TYPES = ("default", "linear", "yarn")
+
+_MAX_LAYERS, _MAX_EXPERTS, _MAX_WIDTH = 10_000, 200_000, 2**40
+"""Beyond these, experts of all layers together, sizes are no model's. A configuration may claim any number,
+and the table of weights is as long as the model has layers, and experts in them.
+"""
 
 FP8_REFUSAL = (
     "quantised (fp8) source; pass --dequantise to convert it to bf16, or convert from the bf16 checkpoint"
@@ -206,7 +212,7 @@ def read_hf_config(model_dir: str | Path) -> dict[str, Any]:
         raise ModelError(f"{model_dir} has no config.json; pass a directory with a Hugging Face checkpoint")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not readable JSON ({error})") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} must hold a JSON object")
@@ -225,14 +231,15 @@ def load_model_spec(model_dir: str | Path, *, fp8: bool = False) -> ModelSpec:
 def model_spec_from_config(
     config: Mapping[str, Any], *, where: str = "config.json", fp8: bool = False
 ) -> ModelSpec:
-    """The spec of a parsed Hugging Face configuration; `where` names it in errors (ModelError), `fp8` is as
-    for `load_model_spec`.
+    """The spec of a parsed Hugging Face configuration, which may hold anything; `where` names it in errors
+    (ModelError), `fp8` is as for `load_model_spec`.
     """
     names = config.get("architectures") or []
     architecture = names[0] if isinstance(names, list) and names else None
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+        named = _shown(architecture).strip("'\"")
         raise ModelError(
-            f"{where}: architecture {architecture} is not supported; supported are "
+            f"{where}: architecture {named} is not supported; supported are "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
     refuse_quantised(config, where, fp8=fp8)
@@ -241,33 +248,34 @@ def model_spec_from_config(
     hidden, heads = _size(config, "hidden_size", where), _size(config, "num_attention_heads", where)
     groups = _size(config, "num_key_value_heads", where, default=heads)
     # transformers' Qwen3Config falls back to 128 whatever the hidden size is; the others to hidden / heads.
-    head_dim = config.get("head_dim") or (128 if architecture == "Qwen3ForCausalLM" else None)
-    if head_dim is None:
+    usual = 128 if architecture == "Qwen3ForCausalLM" else None
+    if usual is None and config.get("head_dim") is None:
         if hidden % heads:
             raise ModelError(
                 f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
             )
-        head_dim = hidden // heads
+        usual = hidden // heads
     if heads % groups:
         raise ModelError(f"{where}: num_key_value_heads {groups} does not divide num_attention_heads {heads}")
+    moe = _moe(config, family, where) if "Moe" in architecture else None
     return ModelSpec(
         architecture=architecture,
         family=family,
-        num_layers=_size(config, "num_hidden_layers", where),
+        num_layers=_num_layers(config, where),
         hidden_size=hidden,
         ffn_hidden_size=_size(config, "intermediate_size", where),
         num_attention_heads=heads,
         num_query_groups=groups,
-        head_dim=int(head_dim),
+        head_dim=_size(config, "head_dim", where, default=usual),
         vocab_size=_size(config, "vocab_size", where),
         max_position_embeddings=_size(config, "max_position_embeddings", where, default=32768),
-        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        norm_epsilon=_number(config, "rms_norm_eps", where, default=1e-6),
+        tied_embeddings=_flag(config, "tie_word_embeddings", where),
         qkv_bias=family == "qwen2",
         qk_norm=family == "qwen3",
-        initializer_range=float(config.get("initializer_range", 0.02)),
+        initializer_range=_number(config, "initializer_range", where, default=0.02),
         rope=_rope(config, where),
-        moe=_moe(config, family, where) if "Moe" in architecture else None,
+        moe=moe if moe is not None and any(moe.layers) else None,
     )
 
 
@@ -275,16 +283,18 @@ def _moe(config: Mapping[str, Any], family: Family, where: str) -> MoeSpec:
     """The mixture of experts, with transformers' defaults for what the configuration leaves out."""
     # Transformers calls the experts of some families local; both names are read.
     name = "num_local_experts" if "num_local_experts" in config else "num_experts"
-    shared = family == "qwen2"
+    shared, num_layers = family == "qwen2", _num_layers(config, where)
     num_experts = _size(config, name, where, default=60 if shared else 128)
     top_k = _size(config, "num_experts_per_tok", where, default=4 if shared else 8)
+    if num_experts * num_layers > _MAX_EXPERTS:
+        raise MalformedConfigError(
+            f"{where}: {name} {num_experts} in each of num_hidden_layers {num_layers} are more than the "
+            f"{_MAX_EXPERTS} that are read"
+        )
     if top_k > num_experts:
         raise ModelError(f"{where}: num_experts_per_tok {top_k} is more than {name} {num_experts}")
     every = _size(config, "decoder_sparse_step", where, default=1)
-    dense = config.get("mlp_only_layers") or []
-    if not isinstance(dense, list) or not all(isinstance(layer, int) for layer in dense):
-        raise ModelError(f"{where}: mlp_only_layers must be a list of layer numbers, not {dense!r}")
-    layers = range(_size(config, "num_hidden_layers", where))
+    dense = _dense_layers(config, num_layers, where)
     return MoeSpec(
         num_experts=num_experts,
         top_k=top_k,
@@ -292,34 +302,97 @@ def _moe(config: Mapping[str, Any], family: Family, where: str) -> MoeSpec:
         shared_ffn_hidden_size=_size(config, "shared_expert_intermediate_size", where, default=5632)
         if shared
         else None,
-        normalize_top_k=bool(config.get("norm_topk_prob", False)),
-        aux_loss_coef=float(config.get("router_aux_loss_coef", 0.001)),
-        layers=tuple(layer not in dense and (layer + 1) % every == 0 for layer in layers),
+        normalize_top_k=_flag(config, "norm_topk_prob", where),
+        aux_loss_coef=_number(config, "router_aux_loss_coef", where, default=0.001),
+        layers=tuple(layer not in dense and (layer + 1) % every == 0 for layer in range(num_layers)),
     )
 
 
-def _size(config: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+def _dense_layers(config: Mapping[str, Any], num_layers: int, where: str) -> frozenset[int]:
+    """The layers that have no experts although it would be their turn."""
+    layers = config.get("mlp_only_layers")
+    layers = [] if layers is None else layers
+    if not isinstance(layers, list):
+        raise MalformedConfigError(
+            f"{where}: mlp_only_layers must be a list of layer numbers, not {_shown(layers)}"
+        )
+    for layer in layers:
+        if type(layer) is not int or not 0 <= layer < num_layers:
+            raise MalformedConfigError(
+                f"{where}: mlp_only_layers must be numbers of layers, 0 to {num_layers - 1}, not "
+                f"{_shown(layer)}"
+            )
+    return frozenset(layers)
+
+
+def _num_layers(config: Mapping[str, Any], where: str) -> int:
+    return _size(config, "num_hidden_layers", where, most=_MAX_LAYERS)
+
+
+def _size(
+    config: Mapping[str, Any], key: str, where: str, *, default: int | None = None, most: int = _MAX_WIDTH
+) -> int:
+    """A count, or the default where there is none or null."""
     value = config.get(key)
     if value is None:
         value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"{where}: {key} must be a positive integer, not {value!r}")
+    if type(value) is not int or value < 1:
+        raise MalformedConfigError(f"{where}: {key} must be a positive integer, not {_shown(value)}")
+    if value > most:
+        raise MalformedConfigError(f"{where}: {key} must be at most {most}, not {_shown(value)}")
     return value
+
+
+def _number(
+    config: Mapping[str, Any], key: str, where: str, *, default: float | None = None, positive: bool = False
+) -> float:
+    """A finite number that is not negative, with `positive` not zero either; null is none."""
+    value = config.get(key, default)
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        kind = "a positive number" if positive else "a number that is not negative"
+        raise MalformedConfigError(f"{where}: {key} must be {kind}, not {_shown(value)}")
+    return number
+
+
+def _flag(config: Mapping[str, Any], key: str, where: str) -> bool:
+    """A truth value; false where there is none or null."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise MalformedConfigError(f"{where}: {key} must be true or false, not {_shown(value)}")
+    return bool(value)
+
+
+def _object(config: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """A copy of a JSON object; an empty one where there is none or null."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise MalformedConfigError(f"{where}: {key} must be a JSON object, not {_shown(value)}")
+    return dict(value or {})
+
+
+def _shown(value: object) -> str:
+    """A value from a file as one short line."""
+    short = reprlib.Repr()
+    short.maxstring = 80
+    return short.repr(value)
 
 
 def refuse_quantised(config: Mapping[str, Any], where: str, *, fp8: bool = False) -> None:
     """Raise ModelError, by the name of the method, for a configuration of quantised weights; with `fp8` for
     any method but that.
     """
-    settings = config.get("quantization_config")
+    settings = _object(config, "quantization_config", where)
     if not settings:
         return
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    method = settings.get("quant_method")
     if method == "fp8":
         if not fp8:
             raise ModelError(f"{where}: {FP8_REFUSAL}")
         return
-    # The name comes from a file that may hold anything.
     known = isinstance(method, str) and re.fullmatch(r"[\w.-]{1,40}", method)
     raise ModelError(
         f"{where}: quantised ({method if known else 'unknown method'}) source; "
@@ -329,10 +402,12 @@ def refuse_quantised(config: Mapping[str, Any], where: str, *, fp8: bool = False
 
 def _refuse_unsupported(config: Mapping[str, Any], where: str) -> None:
     if config.get("hidden_act", "silu") != "silu":
-        raise ModelError(f"{where}: hidden_act {config['hidden_act']!r} is not supported, only silu")
-    if config.get("use_sliding_window"):
+        raise ModelError(f"{where}: hidden_act {_shown(config['hidden_act'])} is not supported, only silu")
+    if _flag(config, "use_sliding_window", where):
         raise ModelError(f"{where}: use_sliding_window is true; sliding-window attention is not supported")
-    if config.get("attention_bias"):
+    if config.get("qkv_bias") is not None and not _flag(config, "qkv_bias", where):
+        raise ModelError(f"{where}: qkv_bias is false; Qwen2's q, k and v have biases here")
+    if _flag(config, "attention_bias", where):
         raise ModelError(f"{where}: attention_bias is true; only Qwen2's built-in q/k/v biases are supported")
 
 
@@ -340,12 +415,35 @@ def _rope(config: Mapping[str, Any], where: str) -> RopeSpec:
     """Read both spellings: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (hub
     files).
     """
-    parameters = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    theta = parameters.pop("rope_theta", config.get("rope_theta", 10000.0))
+    parameters = _object(config, "rope_scaling", where) | _object(config, "rope_parameters", where)
+    parameters.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    theta = _number(parameters, "rope_theta", where, positive=True)
+    del parameters["rope_theta"]
     rope_type = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
     if rope_type not in ROPE_TYPES:
         raise ModelError(
-            f"{where}: rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
+            f"{where}: rope type {_shown(rope_type)} is not supported; supported are {', '.join(ROPE_TYPES)}"
         )
-    return RopeSpec(theta=float(theta), rope_type=rope_type, parameters=parameters)
+    for name, value in parameters.items():
+        if isinstance(value, dict):
+            raise ModelError(f"{where}: rope parameters of their own for {_shown(name)} are not supported")
+    if rope_type != "default":
+        _check_scaling(parameters, where)
+    return RopeSpec(theta=theta, rope_type=rope_type, parameters=parameters)
+
+
+def _check_scaling(parameters: Mapping[str, Any], where: str) -> None:
+    """Raise MalformedConfigError for what transformers could not compute with."""
+    _number(parameters, "factor", where, positive=True)
+    for name in (
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+    ):
+        if parameters.get(name) is not None:
+            _number(parameters, name, where, positive=not name.startswith("mscale"))
+    _flag(parameters, "truncate", where)

@@ -295,7 +295,9 @@ def load_checkpoint(
     Call on every rank.
     """
     reader = TorchDistReader(checkpoint)
-    same_layout = state.layout == layout_degrees(groups)
+    degrees = layout_degrees(models, groups)
+    # A checkpoint of an earlier version says nothing of experts.
+    same_layout = degrees == {name: state.layout.get(name, 1) for name in degrees}
     wanted = sharded_state(models, optimizer, groups, loading=True, with_rng=same_layout)
     known = descriptions(wanted)
     loaded = load_state(reader, wanted)
@@ -328,10 +330,11 @@ def _load_states(reader: TorchDistReader, part: Any, known: dict[torch.Tensor, A
         set_states(part, parameter, {name: flat.to(parameter.device) for name, flat in states.items()})
 
 
-def layout_degrees(groups: mcore.Groups) -> dict[str, int]:
-    """The degrees that decide whether per-rank states fit."""
+def layout_degrees(models: Sequence[DistributedDataParallel], groups: mcore.Groups) -> dict[str, int]:
+    """The degrees that decide whether per-rank states fit; `ep` and `etp` of a model with experts."""
     layout = groups.layout
-    return {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "dp": layout.dp}
+    degrees = {"tp": layout.tp, "pp": layout.pp, "vpp": layout.vpp, "cp": layout.cp, "dp": layout.dp}
+    return degrees if models[0].module.spec.moe is None else degrees | {"ep": layout.ep, "etp": layout.etp}
 
 
 def sharded_state(

@@ -244,7 +244,7 @@ class Trainer:
             data_fingerprint=self.train_data.fingerprint,
             seed=self.config.run.seed,
             tokens=tokens,
-            layout=layout_degrees(self.groups),
+            layout=layout_degrees(self.models, self.groups),
             stream=stream,
         )
 

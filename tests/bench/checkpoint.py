@@ -76,7 +76,7 @@ def _measure(mode: str, model_dir: str, out: Path) -> None:
             data_fingerprint="",
             seed=1,
             tokens=0,
-            layout=layout_degrees(groups),
+            layout=layout_degrees(models, groups),
         )
         saver.save(state, models, optimizer)
         blocked.append(saver.blocked_s)

@@ -68,7 +68,6 @@ def test_a_checkpoint_is_not_compared_with_fp8_weights(plain: Path, fp8: Path) -
         ({"bits": 4}, "unknown method"),
         ({"quant_method": "a\nb"}, "unknown method"),
         ({"quant_method": ["fp8"]}, "unknown method"),
-        ("fp8", "unknown method"),
     ],
 )
 def test_other_methods_are_refused_by_name(fp8: Path, settings: Any, named: str, dequantised: bool) -> None:

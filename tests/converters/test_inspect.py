@@ -20,7 +20,7 @@ from tests.support.models import save_tiny_model
 from tests.support.training import save_after_idle_step
 from tests.support.workers import WorkerPool
 
-from .conftest import MakeModel, tensors_of
+from .conftest import MakeModel, edit_json, tensors_of
 from .inspecting import EMBEDDING, FC2, box, boxes_of, content, make_adapter, without_braid_files
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +126,7 @@ def test_a_checkpoint_of_a_run(trained: Path) -> None:
     assert (found.layout.source, found.layout.writers) == ("trainer_state.json", 4)
     assert (found.layout.tp, found.layout.pp, found.layout.vpp) == (2, 2, 1)
     assert (found.layout.cp, found.layout.dp) == (1, 1)
+    assert (found.layout.ep, found.layout.etp) == (None, None)  # it has no experts
     boxes = boxes_of(found)
     assert boxes[FC2] == box(8, 1, 64, 48)
     assert boxes["decoder.layers.mlp.linear_fc1.weight"] == box(16, 1, 48, 64)
@@ -138,6 +139,39 @@ def test_a_checkpoint_of_a_run(trained: Path) -> None:
     assert optimizer.elements == 3 * weights.elements
     assert optimizer.bytes == 4 * optimizer.elements
     assert optimizer.tensors == 3 * weights.tensors
+
+
+def test_the_layout_of_experts(
+    workers: WorkerPool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`ep` and `etp` of a model that has some; a checkpoint of a time before is read without them."""
+    from launch.inspect import inspect
+
+    model = save_tiny_model("qwen3_moe", tmp_path / "model")
+    parallel = ParallelOptions(expert_model_parallel_size=2, expert_tensor_parallel_size=2)
+    run = tmp_path / "run"
+    workers.run(save_after_idle_step, 4, model_dir=str(model), parallel=parallel, output_dir=str(run))
+    checkpoint = run / "checkpoint-0"
+    degrees = {"tp": 1, "pp": 1, "vpp": 1, "cp": 1, "dp": 4}
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["layout"] == {
+        **degrees,
+        "ep": 2,
+        "etp": 2,
+    }
+    found = inspect_checkpoint(checkpoint)
+    assert found.good
+    assert found.layout is not None
+    assert (found.layout.dp, found.layout.ep, found.layout.etp) == (4, 2, 2)
+    capsys.readouterr()
+    assert inspect([str(checkpoint)]) == 0
+    assert "tp 1, pp 1, vpp 1, cp 1, dp 4, ep 2, etp 2, 4 ranks wrote" in capsys.readouterr().out
+
+    edit_json(checkpoint / "trainer_state.json", lambda state: state.update(layout=degrees))
+    (checkpoint / "braid-manifest.json").unlink()
+    found = inspect_checkpoint(checkpoint)
+    assert found.good
+    assert found.layout is not None
+    assert (found.layout.dp, found.layout.ep, found.layout.etp) == (4, None, None)
 
 
 def test_a_run_without_its_files_is_told_from_its_boxes(trained: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import converters.logits as module
 from converters.convert import to_mcore
 from converters.logits import BOUND, LogitsReport, Prompt, check_prompts, compare_logits, why_incomparable
 from engine.errors import CheckpointError, ConfigError, ModelError
-from tests.support.models import save_tiny_model
+from tests.support.models import MOE_MODELS, save_tiny_model
 
 from .conftest import change, edit_json, tensors_of
 
@@ -142,9 +142,29 @@ def test_the_first_layer_that_differs_is_named(
     assert report.as_dict()["first_difference"] == stage
 
 
+@pytest.mark.parametrize("form", ["hf", "mcore"])
+@pytest.mark.parametrize("kind", MOE_MODELS)
+def test_experts_compute_the_same(make: Make, tmp_path: Path, kind: str, form: str) -> None:
+    other = make(kind)
+    if form == "mcore":
+        other = tmp_path / "mcore"
+        to_mcore(make(kind), other)
+    report = compare_logits(make(kind), other, prompts(20, 1, 7))
+    assert report.same
+    assert max(stage.relative_diff for stage in report.stages) < 1e-5
+    assert [stage.stage for stage in report.stages] == STAGES
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "stage"),
     [
+        ("qwen2_moe", "model.layers.0.mlp.down_proj.weight", "layer 0"),
+        ("qwen2_moe", "model.layers.1.mlp.shared_expert.up_proj.weight", "layer 1"),
+        ("qwen2_moe", "model.layers.1.mlp.shared_expert_gate.weight", "layer 1"),
+        ("qwen2_moe", "model.layers.1.mlp.gate.weight", "layer 1"),
+        ("qwen2_moe", "model.layers.2.mlp.experts.5.gate_proj.weight", "layer 2"),
+        ("qwen3_moe", "model.layers.0.mlp.experts.0.up_proj.weight", "layer 0"),
+        ("qwen3_moe", "model.layers.2.mlp.experts.7.down_proj.weight", "layer 2"),
         ("qwen2_untied", "lm_head.weight", "logits"),
         ("qwen2_untied", "model.layers.1.self_attn.v_proj.bias", "layer 1"),
         ("qwen3_head_dim", "model.layers.2.self_attn.k_norm.weight", "layer 2"),
@@ -152,7 +172,7 @@ def test_the_first_layer_that_differs_is_named(
 )
 def test_what_only_some_models_have(make: Make, tmp_path: Path, kind: str, name: str, stage: str) -> None:
     other = changed(make(kind), tmp_path / "other", name, nudge)
-    assert compare_logits(make(kind), other, prompts(12)).first_difference == stage
+    assert compare_logits(make(kind), other, prompts(40)).first_difference == stage
 
 
 def test_a_checkpoint_in_bf16_differs_from_the_start(make: Make, tmp_path: Path) -> None:

@@ -454,7 +454,7 @@ def test_more_experts_than_any_model_has_are_no_table(checkpoint: Path) -> None:
     (checkpoint / "braid-manifest.json").unlink()
     many = {"num_experts": 10**9, "num_local_experts": 10**9}
     edit_json(checkpoint / "hf_companions" / "config.json", lambda c: c.update(many))
-    one_problem(checkpoint, "config.json", "its sizes are no model's")
+    one_problem(checkpoint, "config.json", "num_local_experts 1000000000 in each of num_hidden_layers 4")
 
 
 def test_inspect_prints_experts(moe: MakeMoe, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,7 @@ BROKEN_MODELS: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "architecture": (
         lambda m: edit_json(m / "config.json", lambda c: c.update(architectures=["LlamaForCausalLM"])),
-        ("config.json", "LlamaForCausalLM is not supported", "Qwen2ForCausalLM, Qwen3ForCausalLM"),
+        ("config.json", "LlamaForCausalLM is not supported", "Qwen2ForCausalLM, Qwen2MoeForCausalLM, Qwen3"),
     ),
     "no architecture": (
         lambda m: edit_json(m / "config.json", lambda c: c.pop("architectures")),
@@ -240,7 +240,7 @@ def test_rows_that_are_all_too_long(place: Place) -> None:
         ("--streaming", "streaming needs max_steps"),
         ("--streaming --max_steps 1 --split_dataset_ratio 0.5", "split_dataset_ratio needs all rows"),
         ("--shuffle_buffer_size 0", "shuffle_buffer_size must be at least 1, not 0"),
-        ("--expert_model_parallel_size 2", "expert parallelism"),
+        ("--expert_model_parallel_size 2", "Qwen3ForCausalLM has no experts"),
         ("--hang_timeout -1", "hang_timeout must not be negative"),
         ("--loss_spike_factor 1", "loss_spike_factor must be above 1"),
         ("--export_steps 3 --save_steps 2", "export_steps 3 must be a multiple of save_steps, not 2"),

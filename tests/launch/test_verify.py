@@ -16,7 +16,7 @@ from engine.storage.manifest import MANIFEST_FILE
 from launch.cli import main
 from launch.verify import PROMPTS, QUESTION
 from tests.launch.runs import braid
-from tests.support.models import save_adapter
+from tests.support.models import MOE_MODELS, save_adapter, save_tiny_model_with_words
 
 UP = "model.layers.1.mlp.up_proj.weight"
 
@@ -145,6 +145,24 @@ def test_logits_name_the_layer(verify: Verify, model: Path, converted: Path) -> 
     assert "NOT the same logits: first different at layer 1, mean KL" in outcome.out
     assert outcome.report is not None
     assert (outcome.report["same"], outcome.report["logits"]["first_difference"]) == (False, "layer 1")
+
+
+@pytest.mark.parametrize("kind", MOE_MODELS)
+def test_logits_of_experts(verify: Verify, tmp_path: Path, kind: str) -> None:
+    """A model and its conversion, and one in which a single expert is another."""
+    model, mcore = save_tiny_model_with_words(kind, tmp_path / "model"), tmp_path / "mcore"
+    assert main(["convert", "--to", "mcore", "--model", str(model), "--output_dir", str(mcore)]) == 0
+    same = verify("--model", model, "--checkpoint", mcore, "--level", "logits")
+    assert (same.code, same.err) == (0, "")
+    assert "\nsame logits: " in same.out
+    name = "model.layers.2.mlp.experts.3.down_proj.weight"
+    edit_weights(model, lambda t: t[name].mul_(1.1))
+    other = verify("--model", model, "--checkpoint", mcore, "--level", "logits")
+    assert (other.code, other.err) == (1, "")
+    assert "NOT the same model: 1 tensors differ" in other.out
+    assert other.report is not None
+    assert [t["name"] for t in other.report["differences"]] == [name]
+    assert "NOT the same logits: first different at layer 2, mean KL" in other.out
 
 
 def test_logits_within_the_bound_do_not_make_other_weights_the_same(

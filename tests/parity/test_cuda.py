@@ -15,7 +15,7 @@ from engine.model.experts import ExpertMatrices
 from engine.model.spec import load_model_spec
 from tests.parity.test_experts import AUX_LOSS_COEF
 from tests.parity.test_experts import LAYOUTS as EXPERT_LAYOUTS
-from tests.parity.test_lora_experts import EXPERTS
+from tests.parity.test_lora_experts import EXPERTS, LINEARS
 from tests.parity.test_transformers import LAYOUTS, assert_parity, train_on, train_plainly
 from tests.support.models import MODELS, MOE_MODELS, save_adapter, save_tiny_model
 from tests.support.reference import train_reference
@@ -128,7 +128,8 @@ def test_bf16_gradients_follow_fp32(
         shape |= {"moe_intermediate_size": 128, "num_hidden_layers": 2}
     directory = save_tiny_model(model, tmp_path / "model", **shape)
     spec = load_model_spec(directory)
-    adapter = str(save_adapter(directory, tmp_path / "adapter", scale=0.02)) if lora else None
+    settings = {"target_modules": LINEARS[model], "target_parameters": EXPERTS} if model in LINEARS else {}
+    adapter = str(save_adapter(directory, tmp_path / "adapter", scale=0.02, **settings)) if lora else None
     steps = [random_rows(8, vocabulary=spec.vocab_size, longest=96, seed=0)]
     results = gpus.run(
         train_layout,

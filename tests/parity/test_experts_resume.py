@@ -1,29 +1,21 @@
 """Runs of a mixture of experts, whole and of LoRA adapters: resumed bitwise, and under other layouts."""
 
 import json
-import shutil
+import math
 from pathlib import Path
 
 import pytest
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from launch.tiny import build_tiny_qwen3
 from tests.parity.test_resume import LORA, Runs, assert_same_weights, losses, weights
-from tests.support.models import save_tiny_model
+from tests.support.models import save_tiny_model_with_words
 from tests.support.workers import WorkerPool
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("experts")
-    build_tiny_qwen3(root / "words", hidden_size=32, intermediate_size=64)
-    vocabulary = len(AutoTokenizer.from_pretrained(root / "words"))
-    directory = save_tiny_model("qwen2_moe", root / "model", num_hidden_layers=4, vocab_size=vocabulary)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (root / "words" / name).exists():
-            shutil.copy(root / "words" / name, directory)
-    return directory
+    return save_tiny_model_with_words("qwen2_moe", tmp_path_factory.mktemp("experts") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +82,23 @@ def test_what_is_logged(straight: Path) -> None:
         assert record["expert_load_min"] <= 1 <= record["expert_load_max"]
         assert 0.9 < record["aux_loss"] / 2 < 8
         before = record["tokens"]
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_tokens_beyond_the_capacity_are_dropped_and_counted(runs: Runs, straight: Path, policy: str) -> None:
+    """At half of the even share at least every second place is one too many."""
+    flags = ["--moe_expert_capacity_factor", "0.5", "--moe_token_drop_policy", policy]
+    output = runs.start(f"dropping-{policy}", [*EP2_TP2_PP1, *flags, "--max_steps", "3"])
+    before = 0
+    for record in map(json.loads, (output / "metrics.jsonl").read_text().splitlines()):
+        given, dropped = sum(record["tokens_per_expert"]), record["dropped_tokens"]
+        assert given + dropped == 3 * 2 * (record["tokens"] - before)
+        assert given > 0
+        assert dropped >= 0.4 * (given + dropped)
+        assert math.isfinite(record["loss"])
+        assert math.isfinite(record["grad_norm"])
+        before = record["tokens"]
+    assert losses(output)[1] != losses(straight)[1]
 
 
 @pytest.fixture(scope="module")

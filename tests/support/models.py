@@ -66,6 +66,15 @@ def save_tiny_model(
     return directory
 
 
+def save_tiny_model_with_words(name: str, directory: Path, **overrides: Any) -> Path:
+    """The same with a tokenizer and a chat template."""
+    from launch.tiny import build_tokenizer, texts
+
+    directory.mkdir(parents=True, exist_ok=True)
+    vocabulary = build_tokenizer(texts(), directory)
+    return save_tiny_model(name, directory, vocab_size=vocabulary, **overrides)
+
+
 def save_adapter(model_dir: Path, directory: Path, *, scale: float = 0.1, **settings: Any) -> Path:
     """Save a PEFT adapter of `model_dir` with a random B: a B of zero would hide the gradient of A."""
     from peft import LoraConfig, get_peft_model

@@ -138,7 +138,7 @@ def save_after_idle_step(
         data_fingerprint="",
         seed=1,
         tokens=0,
-        layout=layout_degrees(groups),
+        layout=layout_degrees(models, groups),
     )
     saver = CheckpointSaver(
         Path(output_dir),
@@ -177,29 +177,16 @@ def train_layout(
     steps: Sequence[Sequence[EncodedRow]],
     learning_rates: Sequence[float],
     micro_batch_size: int = 1,
-    recompute: RecomputeOptions | None = None,
-    dtype: str = "float32",
-    transformer_impl: str = "torch",
-    adapter: str | None = None,
-    moe: MoeOptions | None = None,
+    **changes: Any,
 ) -> LayoutResult:
-    """Train the given global batches under a layout, starting from a Hugging Face checkpoint; the PEFT
-    adapter `adapter` alone, where there is one.
+    """Train the given global batches under a layout, starting from a Hugging Face checkpoint; `changes` are
+    further arguments of `open_run`.
     """
     from engine.training.optimizer import set_learning_rate
     from engine.training.step import evaluate, global_totals, run_pipeline, train_step
 
     spec, platform, groups, models, optim = open_run(
-        rank,
-        world_size,
-        model_dir,
-        parallel,
-        optimizer,
-        recompute,
-        dtype=dtype,
-        transformer_impl=transformer_impl,
-        adapter=adapter,
-        moe=moe,
+        rank, world_size, model_dir, parallel, optimizer, **changes
     )
     layout = groups.layout
 
