@@ -152,6 +152,8 @@ def load_state(reader: TorchDistReader, wanted: dict[str, Any]) -> dict[str, Any
 
 def _fetch(reader: TorchDistReader, item: ShardedTensor | ShardedObject) -> Any:
     if isinstance(item, ShardedObject):
+        if item.key.endswith("._extra_state") and item.unique_key not in reader.objects:
+            return item.data  # of Transformer Engine's modules, which the torch layers do not have
         (value,) = reader.read_object(item.unique_key)
         return value
     stored = reader.tensor(item.key)
