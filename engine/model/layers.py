@@ -69,8 +69,6 @@ class LayerParts:
     norm: type
     core_attention: type
     shared_expert: type
-    experts: type
-    """Those of a rank that tokens are routed to."""
     norm_linear: type | None = None
     """A column-parallel linear with the norm before it in itself; None: norms are modules of their own."""
 

@@ -123,7 +123,6 @@ def _experts(
         "moe_router_dtype": "fp32",
         # Braid's router has the loss of all layers together.
         "moe_router_load_balancing_type": "none",
-        "moe_grouped_gemm": platform.use_te,
         "moe_permute_fusion": platform.use_te,
         "moe_expert_capacity_factor": options.moe_expert_capacity_factor,
         "moe_token_drop_policy": options.moe_token_drop_policy or "probs",
@@ -176,7 +175,6 @@ def layer_parts(platform: Platform, *, lora: bool) -> LayerParts:
         norm=RMSNorm,
         core_attention=CoreAttention,
         shared_expert=SharedExpert,
-        experts=GroupedExperts,
     )
 
 
@@ -226,7 +224,7 @@ def _mlp_spec(parts: LayerParts, dispatcher: str | None) -> Any:
     return ModuleSpec(
         module=MixtureOfExperts,
         params={"dispatcher": dispatcher},
-        submodules=MoESubmodules(experts=parts.experts, shared_experts=parts.shared_expert, router=Router),
+        submodules=MoESubmodules(experts=GroupedExperts, shared_experts=parts.shared_expert, router=Router),
     )
 
 
@@ -309,29 +307,16 @@ def named_weights(
             name = own_name.replace(".base_layer.", ".")
             canonical = canonical_name(name, first_layer=layers.start, spec=chunk.spec)
             if ".mlp.experts." in name:
-                yield from _experts_in(parameter, canonical, chunk)
+                first = chunk.pg_collection.ep.rank() * parameter.shape[0]
+                for index in range(parameter.shape[0]):
+                    own = f"{canonical}{first + index}"
+                    yield NamedWeight(name=own, parameter=parameter, is_copy=False, expert=index)
                 continue
             yield NamedWeight(
                 name=canonical,
                 parameter=parameter,
                 is_copy=name == "output_layer.weight" and chunk.spec.tied_embeddings,
             )
-
-
-def _experts_in(parameter: torch.nn.Parameter, name: str, chunk: BraidGPTModel) -> Iterator[NamedWeight]:
-    """The experts that a parameter holds: all of the rank's, or of Transformer Engine's one whose index is
-    at the end of `name`.
-    """
-    prefix, _, local = name.rpartition(".weight")
-    count = chunk.config.num_moe_experts // chunk.pg_collection.ep.size()
-    first = chunk.pg_collection.ep.rank() * count
-    for index in [int(local)] if local else range(count):
-        yield NamedWeight(
-            name=f"{prefix}.weight{first + index}",
-            parameter=parameter,
-            is_copy=False,
-            expert=None if local else index,
-        )
 
 
 def canonical_name(name: str, *, first_layer: int, spec: ModelSpec) -> str:

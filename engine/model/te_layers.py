@@ -5,21 +5,16 @@ installed.
 from typing import Any
 
 from megatron.core.extensions.transformer_engine import (
-    TEColumnParallelGroupedLinear,
     TEColumnParallelLinear,
     TEDotProductAttention,
     TELayerNormColumnParallelLinear,
     TENorm,
-    TERowParallelGroupedLinear,
     TERowParallelLinear,
 )
-from megatron.core.transformer.moe.experts import TEGroupedMLP
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from engine.model.experts import GroupedExperts, SharedExpert, mark_expert_weight
+from engine.model.experts import SharedExpert
 from engine.model.layers import DocumentParams, LayerParts, apply_rotary
-from engine.runtime import mcore
 
 
 class TECoreAttention(TEDotProductAttention):
@@ -63,34 +58,13 @@ class TESharedExpert(SharedExpert):
     row_linear = TERowParallelLinear
 
 
-class TEExperts(TEGroupedMLP):
-    """The experts of this rank as Transformer Engine's grouped linears: each matrix is a parameter."""
-
-    def __init__(
-        self, num_local_experts: int, config: TransformerConfig, *, pg_collection: Any, **unused: Any
-    ) -> None:
-        super().__init__(
-            num_local_experts,
-            config,
-            mcore.expert_linears(TEColumnParallelGroupedLinear, TERowParallelGroupedLinear),
-            pg_collection=pg_collection,
-        )
-        for axis, linear in enumerate((self.linear_fc1, self.linear_fc2)):
-            # Without expert parallelism Megatron would reduce them as if they were no experts'.
-            for weight in linear.parameters():
-                mark_expert_weight(weight, axis=axis)
-
-
 def te_parts(*, fused_norm: bool) -> LayerParts:
-    """Transformer Engine's layers. Without `fused_norm`, as LoRA needs them: norms are modules of their own,
-    and the weights of experts are in one parameter.
-    """
+    """Transformer Engine's layers; without `fused_norm`, as LoRA needs it, norms are modules of their own."""
     return LayerParts(
         column_linear=TEColumnParallelLinear,
         row_linear=TERowParallelLinear,
         norm=TENorm,
         core_attention=TECoreAttention,
         shared_expert=TESharedExpert,
-        experts=TEExperts if fused_norm else GroupedExperts,
         norm_linear=TELayerNormColumnParallelLinear if fused_norm else None,
     )

@@ -207,15 +207,6 @@ def known_fields(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def expert_linears(column: type, row: type) -> Any:
-    """The two grouped linears of experts, as Megatron's module of them takes them."""
-    import megatron.core.transformer.moe.experts as experts
-    from megatron.core.transformer.mlp import MLPSubmodules
-
-    submodules = getattr(experts, "GroupedMLPSubmodules", MLPSubmodules)  # the latter up to 0.16
-    return submodules(linear_fc1=column, linear_fc2=row)
-
-
 def virtual_stages(layout: ParallelLayout) -> Iterator[int | None]:
     """The `vp_stage` argument of each model chunk on this rank."""
     yield from range(layout.vpp) if layout.vpp > 1 else [None]
