@@ -117,9 +117,12 @@ class MetricsLog:
             return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        values = {
-            name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)
-        }
+        values: dict[str, float] = {}
+        for name, value in record.items():
+            # A list is a curve for each of its numbers: there is no other kind that every reporter has.
+            several = {f"{name}/{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {}
+            values |= several or {name: value}
+        values = {n: v for n, v in values.items() if n != "step" and isinstance(v, int | float)}
         for reporter in self._reporters:
             reporter.log(record["step"], values)
 

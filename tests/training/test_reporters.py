@@ -273,3 +273,14 @@ def test_reporters_get_the_numbers_of_a_record(swanlab: FakeService, output_dir:
         ("log", ({"eval_loss": 2.75},), {"step": 2}),
         ("finish", (), {}),
     ]
+
+
+def test_every_number_of_a_list_is_a_curve(output_dir: Path) -> None:
+    log = a_log(output_dir, report_to=("tensorboard",))
+    record = {"step": 1, "dropped_tokens": 4, "tokens_per_expert": [30, 12]}
+    log.write(record)
+    log.close()
+    assert written(output_dir) == [record]
+    assert scalars(output_dir, "dropped_tokens") == [(1, 4.0)]
+    assert scalars(output_dir, "tokens_per_expert/0") == [(1, 30.0)]
+    assert scalars(output_dir, "tokens_per_expert/1") == [(1, 12.0)]
