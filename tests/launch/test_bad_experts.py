@@ -106,7 +106,13 @@ def test_the_model_is_good_as_it_is(experts: Place) -> None:
         ("--moe_z_loss_coeff -1e-3", "moe_z_loss_coeff must not be negative, not -0.001"),
         ("--moe_z_loss_coeff nan", "moe_z_loss_coeff must be a number, not 'nan'"),
         ("--moe_z_loss_coeff none", "moe_z_loss_coeff must be a number, not 'none'"),
-        ("--train_type lora", "train_type lora is not proven for a mixture of experts"),
+        ("--train_type lora --lora_dropout 0.1", "adapters of experts know no dropout"),
+        ("--train_type lora --target_modules gate", "target_modules: 'gate' is none of the linears"),
+        ("--train_type lora --target_parameters gate.weight", "'gate.weight' is no parameter of experts"),
+        (
+            "--train_type lora --nproc_per_node 2 --expert_tensor_parallel_size 2",
+            "LoRA in routed experts is not proven with expert_tensor_parallel_size above 1",
+        ),
     ],
 )
 def test_settings_that_cannot_be(experts: Place, words: str, named: str) -> None:
