@@ -33,10 +33,10 @@ _OTHER_MODULES = (
     "model.layers.0.mlp",
     "model.layers.0.input_layernorm",
 )
-_REGEX_SIGNS = frozenset("\\^$*+?{}[]()|")
-_ANY_NUMBERED = r".*?\.[^.]*\.(?P<idx>\d+)\."
 _ROUTERS = ("mlp.gate", "mlp.shared_expert_gate", "mlp.shared_expert", "mlp.experts")
 """The same in a layer with experts, a router first."""
+_REGEX_SIGNS = frozenset("\\^$*+?{}[]()|")
+_ANY_NUMBERED = r".*?\.[^.]*\.(?P<idx>\d+)\."
 # The modules that tied embeddings make one, by the end of their name.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 

@@ -5,25 +5,13 @@ from typing import Any
 
 import pytest
 
-from engine.config.options import ParallelOptions
 from engine.config.parallel import ParallelLayout, RankPlace
 from engine.errors import ConfigError
-
-NAMES = {
-    "tp": "tensor_model_parallel_size",
-    "pp": "pipeline_model_parallel_size",
-    "vpp": "virtual_pipeline_model_parallel_size",
-    "cp": "context_parallel_size",
-    "ep": "expert_model_parallel_size",
-    "etp": "expert_tensor_parallel_size",
-    "split": "decoder_layers_per_stage",
-    "sp": "sequence_parallel",
-}
+from tests.support.layouts import degrees
 
 
-def resolve(*, layers: int = 8, world: int = 8, **degrees: Any) -> ParallelLayout:
-    options = ParallelOptions(**{NAMES[name]: value for name, value in degrees.items()})
-    return ParallelLayout.resolve(options, num_layers=layers, world_size=world)
+def resolve(*, layers: int = 8, world: int = 8, **short: Any) -> ParallelLayout:
+    return ParallelLayout.resolve(degrees(**short), num_layers=layers, world_size=world)
 
 
 @pytest.mark.parametrize(

@@ -11,24 +11,13 @@ import pytest
 
 from engine.config.options import MoeOptions, ParallelOptions, RecomputeOptions
 from tests.parity.test_transformers import assert_parity, train_on, train_plainly
+from tests.support.layouts import degrees
 from tests.support.models import MOE_MODELS, save_tiny_model
 from tests.support.reference import Reference
 from tests.support.workers import WorkerPool
 
 AUX_LOSS_COEF = 0.1
 """Large enough for its gradient to show: Qwen's own is 0.001."""
-
-
-def degrees(**sizes: int) -> ParallelOptions:
-    names = {
-        "tp": "tensor_model_parallel_size",
-        "pp": "pipeline_model_parallel_size",
-        "vpp": "virtual_pipeline_model_parallel_size",
-        "cp": "context_parallel_size",
-        "ep": "expert_model_parallel_size",
-        "etp": "expert_tensor_parallel_size",
-    }
-    return ParallelOptions(**{names[name]: size for name, size in sizes.items()})
 
 
 LAYOUTS: Mapping[str, tuple[int, ParallelOptions, int]] = {
@@ -46,18 +35,6 @@ LAYOUTS: Mapping[str, tuple[int, ParallelOptions, int]] = {
     "EP2xCP2": (4, degrees(ep=2, cp=2), 2),
     "TP2xPP2": (4, degrees(tp=2, pp=2), 2),
 }
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory):
-    """model_dir(name, layers), made once."""
-    root = tmp_path_factory.mktemp("models")
-
-    @cache
-    def model_dir(name: str, layers: int) -> Path:
-        return save_tiny_model(name, root / f"{name}-{layers}", num_hidden_layers=layers)
-
-    return model_dir
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.parity.test_resume import LORA, Runs, assert_same_weights, losses, weights
+from tests.parity.test_resume import LORA, Runs, assert_continued, assert_same_weights, losses, weights
 from tests.support.models import save_tiny_model_with_words
 from tests.support.workers import WorkerPool
 
@@ -24,13 +24,6 @@ def runs(workers: WorkerPool, model_dir: Path, tmp_path_factory: pytest.TempPath
 
 
 EP2_TP2_PP1 = ["--expert_model_parallel_size", "2", "--tensor_model_parallel_size", "2"]
-
-
-def assert_continued(straight: Path, resumed: Path) -> None:
-    expected, found = losses(straight), losses(resumed)
-    assert sorted(found) == [4, 5, 6]
-    for step, loss in found.items():
-        assert abs(loss - expected[step]) <= 1e-5 * expected[step]
 
 
 @pytest.fixture(scope="module")

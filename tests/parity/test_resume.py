@@ -66,6 +66,14 @@ def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.
         assert torch.equal(tensor, second[name]), f"{name} differs"
 
 
+def assert_continued(straight: Path, resumed: Path) -> None:
+    """After the third step of `straight`, under whatever layout, with the same losses to 1e-5."""
+    expected, found = losses(straight), losses(resumed)
+    assert sorted(found) == [4, 5, 6]
+    for step, loss in found.items():
+        assert abs(loss - expected[step]) <= 1e-5 * expected[step]
+
+
 @pytest.fixture(scope="module")
 def runs(workers: WorkerPool, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(workers, model_dir, tmp_path_factory.mktemp("runs"))
@@ -112,10 +120,7 @@ def test_another_layout_continues_the_run(
     runs: Runs, straight: Path, name: str, world_size: int, flags: list[str]
 ) -> None:
     resumed = runs.start(name, flags, world_size=world_size, resume=straight / "checkpoint-3")
-    expected, found = losses(straight), losses(resumed)
-    assert sorted(found) == [4, 5, 6]
-    for step, loss in found.items():
-        assert abs(loss - expected[step]) <= 1e-5 * expected[step]
+    assert_continued(straight, resumed)
 
 
 def test_another_seed_gives_another_run(runs: Runs, straight: Path) -> None:
@@ -144,10 +149,7 @@ def test_another_layout_continues_the_lora_run(runs: Runs) -> None:
     straight = runs.start("lora-plain", [*flags, *TP2_DP2, "--save_steps", "3"])
     stages = ["--pipeline_model_parallel_size", "2", "--virtual_pipeline_model_parallel_size", "2"]
     resumed = runs.start("lora-stages", [*flags, *stages], world_size=2, resume=straight / "checkpoint-3")
-    expected, found = losses(straight), losses(resumed)
-    assert sorted(found) == [4, 5, 6]
-    for step, loss in found.items():
-        assert abs(loss - expected[step]) <= 1e-5 * expected[step]
+    assert_continued(straight, resumed)
 
 
 STREAM = (
@@ -174,7 +176,4 @@ def test_a_resumed_stream_of_packs_is_bitwise_the_uninterrupted_one(runs: Runs, 
         weights(straight / "checkpoint-6", tmp_path / "a"), weights(resumed / "checkpoint-6", tmp_path / "b")
     )
     layout = ["--context_parallel_size", "2"]
-    other = losses(runs.start("stream-cp", [*layout, *STREAM], resume=straight / "checkpoint-3"))
-    assert sorted(other) == [4, 5, 6]
-    for step, loss in other.items():
-        assert abs(loss - expected[step]) <= 1e-5 * expected[step]
+    assert_continued(straight, runs.start("stream-cp", [*layout, *STREAM], resume=straight / "checkpoint-3"))

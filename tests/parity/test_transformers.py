@@ -13,7 +13,7 @@ import torch
 from converters.mapping import Weight, weight_map
 from engine.config.options import OptimizerOptions, ParallelOptions
 from engine.model.spec import load_model_spec
-from tests.support.models import FEW_KV_HEADS, MODELS, save_tiny_model
+from tests.support.models import FEW_KV_HEADS, MODELS
 from tests.support.reference import Reference, train_reference
 from tests.support.training import LayoutResult, merge, random_rows, train_layout
 from tests.support.workers import WorkerPool
@@ -50,18 +50,6 @@ LEARNING_RATES = (1e-3, 2e-3, 3e-3)  # a warm-up
 # in another order differ by 1e-4 there - and comparing it would test the noise. Real gradients are about 1e-3
 # here.
 ADAM_EPSILON = 1e-5
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory):
-    """model_dir(name, layers), made once."""
-    root = tmp_path_factory.mktemp("models")
-
-    @cache
-    def model_dir(name: str, layers: int) -> Path:
-        return save_tiny_model(name, root / f"{name}-{layers}", num_hidden_layers=layers)
-
-    return model_dir
 
 
 def global_batches(model_dir: Path) -> list[list]:

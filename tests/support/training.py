@@ -103,11 +103,10 @@ def save_after_idle_step(
     parallel: ParallelOptions,
     output_dir: str,
     resume: str | None = None,
-    dtype: str = "float32",
-    transformer_impl: str = "torch",
+    **changes: Any,
 ) -> None:
     """Load a model, or resume from a checkpoint of it, under a layout, take a step with learning rate 0, and
-    save.
+    save; `changes` are further arguments of `open_run`.
     """
     from converters.mcore.companions import write_companions
     from engine.training.checkpoint import CheckpointSaver, layout_degrees, load_checkpoint
@@ -116,13 +115,7 @@ def save_after_idle_step(
     from engine.training.step import train_step
 
     spec, platform, groups, models, optim = open_run(
-        rank,
-        world_size,
-        model_dir,
-        parallel,
-        OptimizerOptions(),
-        dtype=dtype,
-        transformer_impl=transformer_impl,
+        rank, world_size, model_dir, parallel, OptimizerOptions(), **changes
     )
     if resume is not None:
         load_checkpoint(Path(resume), TrainerState.read(Path(resume)), models, optim, groups)
