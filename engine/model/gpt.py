@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.config.options import MoeOptions
 from engine.model.experts import ExpertLayer
+from engine.model.head import LossHead
 from engine.model.layers import DocumentParams, RotaryTable, Routing
 from engine.model.lora_spec import LoraSpec
 from engine.model.router import Balance, BalanceLoss, Join, Part, Router
@@ -33,16 +34,23 @@ class BraidGPTModel(GPTModel):
         tp_rank, tp_size = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
         rows = self.vocab_size // tp_size
         self.first_padding_column = min(max(spec.vocab_size - tp_rank * rows, 0), rows)
+        if self.post_process:
+            # Its construction stays Megatron's; forward pre-hooks, which gather weights, must see its calls.
+            self.output_layer.__class__ = LossHead
         self._sums_before: Tensor | None = None
         self._documents: DocumentParams | None = None
         if spec.moe is not None:
             self.decoder.register_forward_hook(self._join)
 
     def forward(
-        self, input_ids: Tensor, document_params: DocumentParams, position_ids: Tensor, labels: Tensor
+        self,
+        input_ids: Tensor,
+        document_params: DocumentParams,
+        position_ids: Tensor,
+        labels: Tensor | None = None,
     ) -> Tensor:
-        """input_ids, position_ids and labels int64 [1, T] -> loss per token [1, T] float32 on the last stage,
-        hidden states [T, 1, H] on others.
+        """input_ids, position_ids and labels int64 [1, T] -> on the last stage loss per token [1, T] float32,
+        or with `document_params.targets` their sum, a scalar; hidden states [T, 1, H] on others.
         """
         document_params.cos, document_params.sin = self.rotary(position_ids[0], self.config.params_dtype)
         documents = document_params
@@ -103,6 +111,21 @@ class BraidGPTModel(GPTModel):
             groups=(groups.tp, groups.cp),
             scale=None if scale is None else scale(torch.ones((), device=routing.real.device)),
         )
+
+    def _postprocess(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        """Megatron's, which has all logits at once, where no targets are given."""
+        documents = self._documents
+        if not self.post_process or documents is None or documents.targets is None:
+            output: Tensor = super()._postprocess(hidden_states=hidden_states, **arguments)
+            return output
+        tied = self.share_embeddings_and_output_weights
+        total: Tensor = self.output_layer(
+            hidden_states,
+            weight=self.shared_embedding_or_output_weight() if tied else None,
+            targets=documents.targets,
+            columns=self.first_padding_column,
+        )
+        return total
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross-entropy over the real vocabulary. labels [1, T], logits [T, 1, V / tp] -> [1, T]."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.model.attention import Segments, attend
 from engine.model.context_parallel import ContextParallel
+from engine.model.head import Targets
 from engine.model.router import Balance
 from engine.model.spec import RopeSpec
 
@@ -41,6 +42,9 @@ class DocumentParams(PackedSeqParams):
 
     routing: "Routing | None" = None
     """Of a model with experts."""
+
+    targets: Targets | None = None
+    """None: the model returns a loss for every token of `labels`."""
 
     balance: Balance | None = None
     """What the routers of a chunk have seen; every chunk has its own."""

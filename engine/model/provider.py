@@ -41,8 +41,12 @@ def transformer_config(
     platform: Platform,
     recompute: RecomputeOptions,
     moe: MoeOptions | None = None,
+    *,
+    lora: bool = False,
 ) -> TransformerConfig:
-    """Megatron's configuration of the model. Raises ConfigError where the options contradict each other."""
+    """Megatron's configuration of the model; with `lora` its own weights are frozen. Raises ConfigError where
+    the options contradict each other.
+    """
     granularity, method, layers = _recompute(recompute)
     values: dict[str, Any] = {
         "num_layers": spec.num_layers,
@@ -71,9 +75,11 @@ def transformer_config(
         **_parallelism(layout, platform),
         # The only normalisation that is right with masked tokens and uneven rows: by the step's tokens.
         "calculate_per_token_loss": True,
-        "gradient_accumulation_fusion": False,
+        # Gradients of frozen weights are not computed, so there is nowhere to add them.
+        "gradient_accumulation_fusion": not lora,
         "bias_dropout_fusion": False,
-        "bias_activation_fusion": False,
+        # Megatron compiles silu(gate) * up into one kernel.
+        "bias_activation_fusion": platform.fuses,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "persist_layer_norm": platform.use_te,
@@ -245,7 +251,7 @@ def build_chunks(
     spec.check_tensor_parallel(layout.tp)
     spec.check_expert_parallel(layout.ep, layout.etp)
     layout.check_cp_comm_type(has_te=platform.use_te)
-    config = transformer_config(spec, layout, platform, recompute, moe)
+    config = transformer_config(spec, layout, platform, recompute, moe, lora=lora is not None)
     chunks = []
     for index, vp_stage in enumerate(mcore.virtual_stages(layout)):
         layers = layout.chunks_of(groups.pp_rank)[index]

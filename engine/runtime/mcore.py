@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from engine.config.parallel import ParallelLayout
+from engine.runtime.kernels import add_product
 from engine.runtime.platform import Platform
 
 
@@ -176,8 +177,13 @@ def adapt_megatron(platform: Platform) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
+    import megatron.core.tensor_parallel.layers as linears
     import megatron.core.tensor_parallel.random as random
 
+    # Megatron's linears add gradients to the buffer in the product itself where apex has a kernel for it;
+    # torch has one too.
+    linears.fused_weight_gradient_mlp_cuda = _WeightGradients
+    linears._grad_accum_fusion_available = True
     if platform.is_cpu:
         random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -194,6 +200,17 @@ def adapt_megatron(platform: Platform) -> None:
         optimizer.Adam = distributed_optimizer.Adam = FusedAdamW
         optimizer.USING_PYTORCH_OPTIMIZER = False
         distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_TE_OPTIMIZER = True
+
+
+class _WeightGradients:
+    """What Megatron calls of apex's fused_weight_gradient_mlp_cuda."""
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: torch.Tensor, grads: torch.Tensor, total: torch.Tensor) -> None:
+        """Add the gradient of a weight, from inputs [T, in] and gradients of outputs [T, out], to its
+        float32 buffer [out, in].
+        """
+        add_product(total, grads.T, inputs)
 
 
 def _stay_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -14,18 +14,17 @@ from torch import Tensor
 from engine.data.batches import MicroBatch
 from engine.model.attention import Segments
 from engine.model.context_parallel import ContextParallel, shard_positions
+from engine.model.head import Targets
 from engine.model.layers import DocumentParams, Routing
 from engine.runtime.mcore import Groups
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceBatch:
-    """A micro-batch on the device. tokens, labels, position_ids int64 [1, T]; loss_mask float32 [1, T]."""
+    """A micro-batch on the device. tokens, position_ids int64 [1, T]; labels are in `documents`."""
 
     tokens: Tensor
-    labels: Tensor
     position_ids: Tensor
-    loss_mask: Tensor
     num_supervised: Tensor
     """int32 scalar."""
 
@@ -55,13 +54,18 @@ class DeviceBatch:
                 tokens=batch.num_tokens,
                 supervised=batch.num_supervised,
             )
-        supervised = batch.num_supervised if own is None else int(batch.loss_mask[own].sum())
+        mask, labels = batch.loss_mask, batch.labels
+        if own is not None:
+            mask, labels = mask[own], labels[own]
+        # Found here: to ask the device which tokens are supervised would mean to wait for it.
+        index = mask.nonzero()[:, 0]
+        documents.targets = Targets(
+            index=index.to(device, non_blocking=True), labels=labels[index].to(device, non_blocking=True)
+        )
         return cls(
             tokens=move(batch.tokens),
-            labels=move(batch.labels),
             position_ids=move(batch.position_ids),
-            loss_mask=move(batch.loss_mask).float(),
-            num_supervised=torch.tensor(supervised, dtype=torch.int32).to(device, non_blocking=True),
+            num_supervised=torch.tensor(len(index), dtype=torch.int32).to(device, non_blocking=True),
             documents=documents,
         )
 
@@ -103,19 +107,16 @@ def forward_step(iterator: Iterator[DeviceBatch], model: Any) -> tuple[Tensor, C
     loss.
     """
     batch = next(iterator)
-    output = model(
-        batch.tokens, document_params=batch.documents, position_ids=batch.position_ids, labels=batch.labels
-    )
+    output = model(batch.tokens, document_params=batch.documents, position_ids=batch.position_ids)
     return output, partial(sum_loss, batch)
 
 
-def sum_loss(batch: DeviceBatch, loss_per_token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss, number of supervised tokens, and for the log the detached sum, float32 [1]; [3] with those
-    of a router's losses, which count by supervised tokens too.
+def sum_loss(batch: DeviceBatch, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of token losses, a scalar, the number of supervised tokens, and for the log the detached sum,
+    float32 [1]; [3] with those of a router's losses, which count by supervised tokens too.
 
     The sum is divided once, by the supervised tokens of the whole global batch (finalize_model_grads).
     """
-    total = (loss_per_token * batch.loss_mask).sum()
     sums, routing = total.detach()[None], batch.documents.routing
     if routing is not None and routing.losses is not None:
         sums = torch.cat((sums, routing.losses * batch.num_supervised))

@@ -45,7 +45,6 @@ def activation_bytes(rank: int, world_size: int, *, model_dir: str, comm_type: s
             placed.tokens,
             document_params=placed.documents,
             position_ids=placed.position_ids,
-            labels=placed.labels,
         )
     total = sum(storage.nbytes() for address, storage in held.items() if address not in weights)
     assert torch.isfinite(loss).all()

@@ -1,0 +1,189 @@
+"""The LM head and its loss together, without the logits of all tokens.
+
+Shape suffixes: T tokens of a micro-batch, S supervised ones of them, R rows of a block, H hidden size, V rows of
+this tensor-parallel rank's part of the vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+from torch import Tensor
+
+from engine.runtime.kernels import add_product, fused, product
+
+# Logits that exist at once. On a GPU few large products are fast; on a CPU whole passes stay near the cache.
+_BLOCK_BYTES = {"cuda": 2**30, "cpu": 2**26}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The supervised tokens of this context-parallel rank, on the device."""
+
+    index: Tensor
+    """int64 [S]: which of the T tokens."""
+    labels: Tensor
+    """int64 [S]: what follows each."""
+
+
+class LossHead(ColumnParallelLinear):
+    """Megatron's output layer, which can go on to the loss. Tokens without a target take no part in it."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        targets: Targets | None = None,
+        columns: int = 0,
+    ) -> Any:
+        """Hidden states [T, 1, H] ([T / tp, 1, H] under sequence parallelism), and `weight` where it is the
+        embedding's -> what Megatron's layer returns; given `targets`, the sum of their losses, a float32
+        scalar. `columns` of this rank are no padding of the vocabulary.
+        """
+        if targets is None:
+            return super().forward(input_, weight, runtime_gather_output)
+        hidden, group = input_, self.tp_group
+        if self.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=group)
+        scale = self.config.grad_scale_func
+        return LinearCrossEntropy.apply(
+            hidden[:, 0].index_select(0, targets.index),
+            self.weight if weight is None else weight,
+            targets.labels,
+            columns,
+            group if group.size() > 1 else None,
+            self.config.gradient_accumulation_fusion,
+            None if scale is None else scale(torch.ones((), device=hidden.device)),
+        )
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies of x @ weight.T, with logits of a block of rows at a time.
+
+    The gradient of a block needs its logits, so it is computed while they are there, in the forward pass;
+    backward only scales it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_SH: Tensor,
+        weight_VH: Tensor,
+        labels_S: Tensor,
+        columns: int,
+        group: dist.ProcessGroup | None,
+        fuse: bool,
+        scale: Tensor | None,
+    ) -> Tensor:
+        """Hidden states and weight of one dtype, labels int64 of the whole vocabulary -> float32 scalar, the
+        same on all ranks of `group`. The first `columns` rows of the weight are real. Gradients are computed
+        `scale` times as large (float16), and with `fuse` that of the weight is added to its main_grad.
+        """
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        weight = weight_VH[:columns]
+        first = 0 if group is None else group.rank() * len(weight_VH)
+        places_S = labels_S - first
+        total = torch.zeros((), dtype=torch.float32, device=x_SH.device)
+        grad_x = torch.empty_like(x_SH) if wants_x else None
+        grad_weight = None
+        factor = torch.ones_like(total) if scale is None else scale.float()
+        for rows in _blocks(len(x_SH), max(columns, 1) * x_SH.element_size(), x_SH.device):
+            x, places = x_SH[rows], places_S[rows]
+            logits = x @ weight.T
+            losses, normalizer = _losses(logits, places, group)
+            total += losses.sum()
+            if not wants_x and not wants_weight:
+                continue
+            _to_gradients(logits, places, normalizer, factor)
+            if grad_x is not None:
+                torch.mm(logits, weight, out=grad_x[rows])
+            if not wants_weight:
+                continue
+            if grad_weight is None:
+                grad_weight = product(logits.T, x)
+            else:
+                add_product(grad_weight, logits.T, x)
+        if wants_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        ctx.save_for_backward(grad_x, grad_weight, factor)
+        ctx.weight, ctx.fuse, ctx.columns = weight_VH, fuse, columns
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the sum is a scalar."""
+        grad_x, grad_weight, factor = ctx.saved_tensors
+        share = grad_outputs[0] / factor
+        if grad_x is not None:
+            grad_x = grad_x * share.to(grad_x.dtype)
+        if grad_weight is not None:
+            grad_weight = _hand_over(grad_weight, share, ctx.weight, ctx.columns, fuse=ctx.fuse)
+        return grad_x, grad_weight, None, None, None, None, None
+
+
+def _blocks(rows: int, row_bytes: int, device: torch.device) -> list[slice]:
+    """Blocks of about as many rows each."""
+    count = -(-rows * row_bytes // _BLOCK_BYTES[device.type])
+    size = -(-rows // max(count, 1))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, max(size, 1))]
+
+
+def _losses(logits_RV: Tensor, places: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of every row, and the logarithm of the sum of its exponentials over the whole vocabulary;
+    float32 [R].
+    """
+    if not logits_RV.shape[1]:  # a rank whose part is nothing but padding
+        maxima = places.new_full(places.shape, float("-inf"), dtype=torch.float32)
+        sums, picked = torch.zeros_like(maxima), torch.zeros_like(maxima)
+    else:
+        maxima, sums, picked = _statistics(logits_RV, places)
+    if group is not None:
+        highest = maxima.clone()
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+        both = torch.stack((sums * (maxima - highest).exp(), picked))
+        dist.all_reduce(both, group=group)
+        maxima, (sums, picked) = highest, both.unbind()
+    normalizer = maxima + sums.log()
+    return normalizer - picked, normalizer
+
+
+@fused
+def _statistics(logits_RV: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every row: the largest logit, the sum of exponentials relative to it, and the logit of the target, 0
+    where another rank has it; float32 [R].
+    """
+    values = logits_RV.float()
+    maxima = values.amax(-1)
+    sums = (values - maxima[:, None]).exp().sum(-1)
+    width = logits_RV.shape[1]
+    picked = logits_RV.gather(-1, places.clamp(0, width - 1)[:, None])[:, 0].float()
+    return maxima, sums, torch.where((places >= 0) & (places < width), picked, 0.0)
+
+
+@fused
+def _to_gradients(logits_RV: Tensor, places: Tensor, normalizer: Tensor, factor: Tensor) -> None:
+    """Overwrite logits by (softmax - one-hot) * factor."""
+    columns = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    probabilities = (logits_RV.float() - normalizer[:, None]).exp()
+    logits_RV.copy_((probabilities - (columns == places[:, None]).float()) * factor)
+
+
+def _hand_over(grad: Tensor, share: Tensor, weight: Tensor, columns: int, *, fuse: bool) -> Tensor | None:
+    """The gradient [columns, H] of the real rows, times `share`, as Megatron's gradient buffer or autograd
+    wants it.
+    """
+    buffer = getattr(weight, "main_grad", None)
+    if not fuse or buffer is None:
+        whole = torch.zeros_like(weight)
+        whole[:columns] = grad * share
+        return whole
+    buffer[:columns].addcmul_(grad, share.to(buffer.dtype))
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    if getattr(weight, "zero_out_wgrad", False):
+        return None  # the embedding's gradient of the same weight comes later, and is added by Megatron
+    # Megatron waits for a gradient to come; this one is not looked at.
+    return torch.empty_like(weight)
