@@ -82,7 +82,7 @@ def _stream(blueprint: Blueprint, dp_rank: int) -> "StreamLoader":
         buffer_rows=options.shuffle_buffer_size,
         dp_rank=dp_rank,
         pad_id=PAD_ID,
-        pad_to_multiple_of=layout.micro_batch_multiple,
+        pad_to_multiple_of=blueprint.micro_batch_multiple,
         pad_rows_to_multiple_of=layout.document_multiple,
         num_workers=options.dataloader_num_workers,
     )
@@ -126,7 +126,7 @@ def _loader(
         plan=plan,
         dp_rank=dp_rank,
         pad_id=PAD_ID,
-        pad_to_multiple_of=blueprint.layout.micro_batch_multiple,
+        pad_to_multiple_of=blueprint.micro_batch_multiple,
         num_workers=blueprint.config.data.dataloader_num_workers,
         packs=packs,
         pad_rows_to_multiple_of=blueprint.layout.document_multiple,

@@ -1,5 +1,6 @@
 """A run on paper: all options checked against each other, the model and the files, before any rank starts."""
 
+import math
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,15 @@ class Blueprint:
 
     started: float
     """time.monotonic() at the start of the command."""
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Tokens of a micro-batch are padded to a multiple of this: the layout cuts them, and fp8 products
+        take multiples of 16.
+        """
+        layout = self.layout
+        fp8 = 16 * layout.tp * layout.cp if self.config.model.fp8_recipe is not None else 1
+        return math.lcm(layout.micro_batch_multiple, fp8)
 
     def summary(self) -> str:
         """The model and how ranks are laid out."""
@@ -192,10 +202,27 @@ def _check_ranges(config: SftConfig) -> None:
     for name in ("adam_beta1", "adam_beta2"):
         if not 0 <= values[name] < 1:
             raise ConfigError(f"{name} must be in [0, 1), not {values[name]}")
+    _check_stored_moments(config)
     if not 0 <= values["warmup_ratio"] <= 1:
         raise ConfigError(f"warmup_ratio must be in [0, 1], not {values['warmup_ratio']}")
     if not 0 <= values["seed"] < 2**32:
         raise ConfigError(f"seed must be in [0, 2**32), not {values['seed']}")
+
+
+def _check_stored_moments(config: SftConfig) -> None:
+    options = config.optimizer
+    if "bfloat16" in (options.exp_avg_dtype, options.exp_avg_sq_dtype) and not (
+        options.use_distributed_optimizer
+    ):
+        raise ConfigError(
+            "exp_avg_dtype and exp_avg_sq_dtype bfloat16 need use_distributed_optimizer; leave it on"
+        )
+    # Rounded to 8 bits, a second moment that should shrink by less than 1/256 a step stays where it is.
+    if options.exp_avg_sq_dtype == "bfloat16" and options.adam_beta2 > 0.99:
+        raise ConfigError(
+            f"exp_avg_sq_dtype bfloat16 with adam_beta2 {options.adam_beta2} would never forget a gradient; "
+            f"take adam_beta2 of at most 0.99, or float32"
+        )
 
 
 def _check_experts(config: SftConfig, spec: ModelSpec) -> None:

@@ -96,6 +96,7 @@ def _worker(config: SftConfig, world: World, place: list[str]) -> None:
         dtype=options.torch_dtype,
         transformer_impl=options.transformer_impl,
         local_rank=world.local_rank,
+        fp8_recipe=options.fp8_recipe,
     )
     startup.mark("imports")
     data = prepare_here(blueprint, world)

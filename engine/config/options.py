@@ -31,6 +31,11 @@ class ModelOptions:
     imports).
     """
 
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise"] | None = None
+    """Linears of decoder layers in fp8, scaled by the largest values of earlier steps (delayed), of each
+    tensor, or of each block; needs Transformer Engine. Default: none.
+    """
+
 
 @dataclass(kw_only=True)
 class LoraOptions:
@@ -157,6 +162,12 @@ class OptimizerOptions:
     max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 switches clipping off."""
 
+    exp_avg_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of AdamW's first moments; bfloat16 saves 2 bytes a parameter (distributed optimizer)."""
+
+    exp_avg_sq_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of AdamW's second moments; bfloat16 needs adam_beta2 of at most 0.99."""
+
     use_distributed_optimizer: bool = True
     """Shard optimizer states over the data-parallel ranks (ZeRO-1)."""
 
@@ -184,6 +195,11 @@ class RecomputeOptions:
 
     recompute_num_layers: int | None = None
     """Layers of a recomputed group (uniform), or recomputed layers per stage (block); default 1."""
+
+    recompute_modules: list[str] = field(default_factory=list)
+    """What granularity selective recomputes in every layer: core_attn (the default), layernorm, mlp, moe,
+    shared_experts.
+    """
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,7 @@
 """The LM head and its loss together, without the logits of all tokens.
 
-Shape suffixes: T tokens of a micro-batch, S supervised ones of them, R rows of a block, H hidden size, V rows of
-this tensor-parallel rank's part of the vocabulary.
+Shape suffixes: T tokens of a micro-batch, S supervised ones of them, R rows of a block, H hidden size, V rows
+of this tensor-parallel rank's part of the vocabulary.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Targets:
 class LossHead(ColumnParallelLinear):
     """Megatron's output layer, which can go on to the loss. Tokens without a target take no part in it."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_: Tensor,
         weight: Tensor | None = None,

@@ -18,6 +18,7 @@ from engine.model.context_parallel import ContextParallel
 from engine.model.head import Targets
 from engine.model.router import Balance
 from engine.model.spec import RopeSpec
+from engine.runtime.kernels import fused
 
 
 @dataclasses.dataclass
@@ -136,12 +137,40 @@ def _inverse_frequencies(rope: RopeSpec, head_dim: int, max_position_embeddings:
     return ROPE_INIT_FUNCTIONS[rope.rope_type](config, torch.device("cpu"))
 
 
-def apply_rotary(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + D/2) of every head by the position's angle (Su et al., 2021), in the input's
-    dtype.
-    """
-    first, second = x_TND.chunk(2, dim=-1)
-    return x_TND * cos + torch.cat((-second, first), dim=-1) * sin
+class Rotary(torch.autograd.Function):
+    """Rotate pairs (i, i + D/2) of every head of queries and keys by a position's angle (Su et al., 2021)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_TND: Tensor, key_TGD: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin are [T, 1, D], with the same numbers in both halves."""
+        ctx.save_for_backward(cos, sin)
+        return _rotate(query_TND, key_TGD, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """A rotation by the negative angle."""
+        cos, sin = ctx.saved_tensors
+        query, key = grad_outputs
+        return *_rotate(query, key, cos, -sin), None, None
+
+
+@fused
+def _rotate(query_TND: Tensor, key_TGD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def rotated(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    return rotated(query_TND), rotated(key_TGD)
+
+
+def apply_rotary(query_TND: Tensor, key_TGD: Tensor, documents: DocumentParams) -> tuple[Tensor, Tensor]:
+    """Queries and keys with the rotary embedding of their positions."""
+    assert documents.cos is not None
+    assert documents.sin is not None
+    query, key = Rotary.apply(query_TND, key_TGD, documents.cos, documents.sin)
+    return query, key
 
 
 class CoreAttention(torch.nn.Module):
@@ -171,10 +200,7 @@ class CoreAttention(torch.nn.Module):
         to itself.
         """
         assert packed_seq_params is not None
-        assert packed_seq_params.cos is not None
-        assert packed_seq_params.sin is not None
-        query = apply_rotary(query_TND, packed_seq_params.cos, packed_seq_params.sin)
-        key = apply_rotary(key_TND, packed_seq_params.cos, packed_seq_params.sin)
+        query, key = apply_rotary(query_TND, key_TND, packed_seq_params)
         cp, segments = packed_seq_params.context_parallel, packed_seq_params.segments
         assert segments is not None
         if cp is None:

@@ -22,6 +22,7 @@ from engine.model.gpt import BraidGPTModel
 from engine.model.lora_spec import LoraSpec, LowRank, adapter_name
 from engine.model.projections import Projection, projections
 from engine.runtime import mcore
+from engine.runtime.kernels import product
 
 A, B = "_lora_A", "_lora_B"
 
@@ -57,10 +58,10 @@ class LoraLinear(torch.nn.Module):
         part.
         """
         out, bias = self.base_layer(x, *arguments)
-        return out + self.delta(x), bias
+        return self.add_to(out, x), bias
 
-    def delta(self, x: Tensor) -> Tensor:
-        """The adapters' part of the output, in the output's shape."""
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        """The base layer's output, which is overwritten, with the adapters' part."""
         raise NotImplementedError
 
     def add_weight(self, name: str, shape: tuple[int, int], partition: int | None) -> None:
@@ -83,18 +84,55 @@ class LoraLinear(torch.nn.Module):
         weight.sequence_parallel = partition is None and self.tp.size > 1  # type: ignore[attr-defined]
         self.register_parameter(name, weight)
 
-    def down(self, x: Tensor) -> list[Tensor]:
-        """scaling * A x for every adapter, in order: [..., in] -> [..., R]; scaled where it is small."""
-        weights = [getattr(self, name + A).to(x.dtype) for name in self.adapters]
+    def down(self, x: Tensor) -> Tensor:
+        """scaling * A x of all adapters in order, beside one another: [..., in] -> [..., sum of R]."""
+        weights = [getattr(self, name + A) * shape.scaling for name, shape in self.adapters.items()]
         if self.dropout and self.training:
             # Each adapter drops inputs of its own, as in PEFT.
-            low = [F.linear(F.dropout(x, self.dropout), weight) for weight in weights]
-        else:
-            ranks = [weight.shape[0] for weight in weights]
-            low = list(
-                F.linear(x, torch.cat(weights) if len(weights) > 1 else weights[0]).split(ranks, dim=-1)
-            )
-        return [part * shape.scaling for part, shape in zip(low, self.adapters.values(), strict=True)]
+            parts = [_Multiply.apply(F.dropout(x, self.dropout), weight) for weight in weights]
+            return torch.cat(parts, dim=-1)
+        low: Tensor = _Multiply.apply(x, torch.cat(weights))
+        return low
+
+
+class _Multiply(torch.autograd.Function):
+    """x @ weight.T in the dtype of x, for a float32 weight whose gradient is never rounded to that dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        cast = weight.to(x.dtype)
+        ctx.save_for_backward(x, cast)
+        return F.linear(x, cast)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor]:
+        x, cast = ctx.saved_tensors
+        (grad,) = grad_outputs
+        grad_x = grad @ cast if ctx.needs_input_grad[0] else None
+        return grad_x, product(grad.flatten(0, -2).T, x.flatten(0, -2))
+
+
+class _AddMultiply(torch.autograd.Function):
+    """out += low @ weight.T in one product, for a float32 weight whose gradient is never rounded to the dtype
+    of `out`.
+
+    `out` is a linear's output, which no backward pass reads. It is overwritten behind autograd's back:
+    Transformer Engine returns views, of which autograd allows no change.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, low: Tensor, weight: Tensor) -> Tensor:
+        cast = weight.to(low.dtype)
+        ctx.save_for_backward(low, cast)
+        result = out.detach()
+        result.view(-1, out.shape[-1]).addmm_(low.flatten(0, -2), cast.T)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        low, cast = ctx.saved_tensors
+        (grad,) = grad_outputs
+        return grad, grad @ cast, product(grad.flatten(0, -2).T, low.flatten(0, -2))
 
 
 class LoraColumnLinear(LoraLinear):
@@ -127,29 +165,36 @@ class LoraColumnLinear(LoraLinear):
             self.add_weight(name + A, (shape.rank, in_features), None)
             self.add_weight(name + B, (out_features, shape.rank), 0 if self.whole_groups else None)
 
-    def delta(self, x: Tensor) -> Tensor:
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
         low = self.down(x)
         if self.tp.sequence_parallel:
-            gathered = tensor_parallel.gather_from_sequence_parallel_region(
-                torch.cat(low, dim=-1), tensor_parallel_output_grad=True, group=self.tp.group
+            low = tensor_parallel.gather_from_sequence_parallel_region(
+                low, tensor_parallel_output_grad=True, group=self.tp.group
             )
-            low = list(gathered.split([part.shape[-1] for part in low], dim=-1))
-        shape = low[0].shape[:-1]
-        parts = []
+        result: Tensor = _AddMultiply.apply(out, low, self._up())
+        return result
+
+    def _up(self) -> Tensor:
+        """B of all adapters as one matrix [features of this rank, sum of R]: a row has the numbers of its own
+        projection, and zeros for the others.
+        """
+        total, start, parts = sum(shape.rank for shape in self.adapters.values()), 0, []
         for name, (out_features, _) in self.sizes.items():
             if name in self.adapters:
-                part = F.linear(low.pop(0), self._up(name).to(x.dtype))
+                own = self._rows(name)
+                block = F.pad(own, (start, total - start - own.shape[1]))
+                start += own.shape[1]
             else:
                 features = out_features * self.ranks_per_group // self.tp.size
-                part = x.new_zeros(()).expand(*shape, features)
-            parts.append(part.unflatten(-1, (self.local_groups, -1)))
-        out = torch.cat(parts, dim=-1).flatten(-2)
+                block = torch.zeros(features, total, device=torch.cuda.current_device())
+            parts.append(block.unflatten(0, (self.local_groups, -1)))
+        up = torch.cat(parts, dim=1).flatten(0, 1)
         if self.whole_groups:
-            return out
-        share = out.shape[-1] // self.ranks_per_group
-        return out.narrow(-1, self.tp.rank % self.ranks_per_group * share, share)
+            return up
+        share = up.shape[0] // self.ranks_per_group
+        return up.narrow(0, self.tp.rank % self.ranks_per_group * share, share)
 
-    def _up(self, name: str) -> Tensor:
+    def _rows(self, name: str) -> Tensor:
         """B of the rank's query groups, or of its part of gate or up."""
         weight: Tensor = getattr(self, name + B)
         return (
@@ -178,11 +223,12 @@ class LoraRowLinear(LoraLinear):
             self.add_weight(name + A, (shape.rank, in_features), 1)
             self.add_weight(name + B, (out_features, shape.rank), None)
 
-    def delta(self, x: Tensor) -> Tensor:
-        (name,), (low,) = self.adapters, self.down(x)
+    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
+        (name,), low = self.adapters, self.down(x)
         if self.tp.sequence_parallel:
             low = tensor_parallel.reduce_scatter_to_sequence_parallel_region(low, group=self.tp.group)
-        return F.linear(low, getattr(self, name + B).to(x.dtype))
+        result: Tensor = _AddMultiply.apply(out, low, getattr(self, name + B))
+        return result
 
 
 class LoraExpertLinear(torch.nn.Module):

@@ -29,6 +29,8 @@ _CANONICAL_NORMS = {
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "shared_experts")
+
 
 def canonical_norms(*, experts: bool) -> dict[str, str]:
     """The table for a layer. Before experts the norm is a module of its own in both: the router reads it."""
@@ -47,7 +49,6 @@ def transformer_config(
     """Megatron's configuration of the model; with `lora` its own weights are frozen. Raises ConfigError where
     the options contradict each other.
     """
-    granularity, method, layers = _recompute(recompute)
     values: dict[str, Any] = {
         "num_layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
@@ -83,10 +84,9 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "persist_layer_norm": platform.use_te,
-        "recompute_granularity": granularity,
-        "recompute_method": method,
-        "recompute_num_layers": layers,
+        **_recompute(recompute),
         "distribute_saved_activations": False,
+        **_fp8(platform),
         **(_experts(spec, layout, platform, moe or MoeOptions()) if spec.moe is not None else {}),
     }
     return TransformerConfig(**mcore.known_fields(TransformerConfig, values))
@@ -143,16 +143,42 @@ def _keep(weight: Tensor) -> Tensor:
     return weight
 
 
-def _recompute(options: RecomputeOptions) -> tuple[str | None, str | None, int | None]:
+def _recompute(options: RecomputeOptions) -> dict[str, Any]:
     """Megatron's recompute settings from transformers' switch and Megatron's own flags."""
     granularity = options.recompute_granularity or ("full" if options.gradient_checkpointing else None)
+    if granularity != "selective" and options.recompute_modules:
+        raise ConfigError("recompute_modules needs recompute_granularity selective")
     if granularity != "full":
         if options.recompute_method or options.recompute_num_layers:
             raise ConfigError("recompute_method and recompute_num_layers need recompute_granularity full")
-        return granularity, None, None
+        for name in options.recompute_modules:
+            if name not in RECOMPUTE_MODULES:
+                raise ConfigError(
+                    f"recompute_modules {name!r} is not known; choose from {', '.join(RECOMPUTE_MODULES)}"
+                )
+        return {
+            "recompute_granularity": granularity,
+            "recompute_modules": options.recompute_modules or None,
+        }
     if options.recompute_num_layers is not None and options.recompute_num_layers < 1:
         raise ConfigError(f"recompute_num_layers must be at least 1, not {options.recompute_num_layers}")
-    return "full", options.recompute_method or "uniform", options.recompute_num_layers or 1
+    return {
+        "recompute_granularity": granularity,
+        "recompute_method": options.recompute_method or "uniform",
+        "recompute_num_layers": options.recompute_num_layers or 1,
+    }
+
+
+def _fp8(platform: Platform) -> dict[str, Any]:
+    """Values in e4m3 and gradients in e5m2 where a whole tensor has one scale; blocks do with e4m3 alone."""
+    if platform.fp8_recipe is None:
+        return {}
+    return {
+        "fp8": "e4m3" if platform.fp8_recipe == "blockwise" else "hybrid",
+        "fp8_recipe": platform.fp8_recipe,
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+    }
 
 
 def block_spec(

@@ -35,10 +35,7 @@ class TECoreAttention(TEDotProductAttention):
     ) -> Tensor:
         """[T, N, D] queries and [T, G, D] keys and values -> [T, N * D]."""
         assert packed_seq_params is not None
-        assert packed_seq_params.cos is not None
-        assert packed_seq_params.sin is not None
-        query = apply_rotary(query, packed_seq_params.cos, packed_seq_params.sin)
-        key = apply_rotary(key, packed_seq_params.cos, packed_seq_params.sin)
+        query, key = apply_rotary(query, key, packed_seq_params)
         return super().forward(
             query,
             key,

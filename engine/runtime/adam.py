@@ -5,19 +5,26 @@ checkpoint format cannot load. Here `step` is one number of the parameter group 
 two moments, so that checkpoints are interchangeable with runs that use Transformer Engine.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.adamw import adamw
+
+from engine.runtime.kernels import fused
 
 
 class FusedAdamW(torch.optim.Optimizer):
     """Decoupled weight decay (Loshchilov and Hutter, 2019): w <- w - lr * (m_hat / (sqrt(v_hat) + eps) +
     weight_decay * w).
 
-    Moments have the dtype and device of their parameter.
+    Arithmetic is in float32; moments are stored in `moment_dtypes`, where they are, and in that of their
+    parameter otherwise.
     """
+
+    moment_dtypes: Mapping[str, torch.dtype] = {}
+    """By the state's name, exp_avg or exp_avg_sq."""
 
     def __init__(
         self,
@@ -43,28 +50,89 @@ class FusedAdamW(torch.optim.Optimizer):
             group["step"] = done + 1
             for param in params:
                 if not self.state[param]:
-                    self.state[param]["exp_avg"] = torch.zeros_like(param)
-                    self.state[param]["exp_avg_sq"] = torch.zeros_like(param)
-            adamw(
-                params,
-                [param.grad for param in params],
-                [self.state[param]["exp_avg"] for param in params],
-                [self.state[param]["exp_avg_sq"] for param in params],
-                [],
-                # The kernel adds one to the step itself, and wants it where the parameter is.
-                [torch.full((), float(done), device=param.device) for param in params],
-                foreach=False,
-                capturable=False,
-                differentiable=False,
-                fused=True,
-                grad_scale=None,
-                found_inf=None,
-                has_complex=False,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        dtype = self.moment_dtypes.get(name, param.dtype)
+                        self.state[param][name] = torch.zeros_like(param, dtype=dtype)
+            first = [self.state[param]["exp_avg"] for param in params]
+            second = [self.state[param]["exp_avg_sq"] for param in params]
+            if {state.dtype for state in first + second} == {param.dtype for param in params}:
+                self._step_with_torch(group, params, first, second, done)
+            else:
+                self._step_mixed(group, params, first, second, done)
+
+    def _step_with_torch(
+        self,
+        group: Mapping[str, Any],
+        params: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        done: int,
+    ) -> None:
+        adamw(
+            params,
+            [param.grad for param in params if param.grad is not None],
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            # The kernel adds one to the step itself, and wants it where the parameter is.
+            [torch.full((), float(done), device=param.device) for param in params],
+            foreach=False,
+            capturable=False,
+            differentiable=False,
+            fused=True,
+            grad_scale=None,
+            found_inf=None,
+            has_complex=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _step_mixed(
+        self,
+        group: Mapping[str, Any],
+        params: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        done: int,
+    ) -> None:
+        (beta1, beta2), rate = group["betas"], group["lr"]
+        # Numbers that change from step to step come in a tensor: as Python numbers they would be compiled in.
+        numbers = [
+            beta1,
+            beta2,
+            1 - rate * group["weight_decay"],
+            rate / (1 - beta1 ** (done + 1)),
+            (1 - beta2 ** (done + 1)) ** 0.5,
+            group["eps"],
+        ]
+        factors = torch.tensor(numbers, dtype=torch.float32, device=params[0].device)
+        for param, exp_avg, exp_avg_sq in zip(params, exp_avgs, exp_avg_sqs, strict=True):
+            assert param.grad is not None
+            _update(param, param.grad, exp_avg, exp_avg_sq, factors)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, which gives moments the dtype of their parameter."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for name, dtype in self.moment_dtypes.items():
+                if name in state:
+                    state[name] = state[name].to(dtype)
+
+
+@fused
+def _update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, factors: Tensor) -> None:
+    """One step of AdamW on float32 parameters with moments of any dtype. `factors`: beta1, beta2, the part of
+    a weight that decay leaves, the rate over the bias correction of the first moment, the root of that of the
+    second, eps.
+    """
+    beta1, beta2, left, rate, root, eps = factors.unbind()
+    first = torch.lerp(grad, exp_avg.float(), beta1)
+    second = torch.lerp(grad * grad, exp_avg_sq.float(), beta2)
+    param.copy_(param * left - rate * first / (second.sqrt() / root + eps))
+    exp_avg.copy_(first)
+    exp_avg_sq.copy_(second)

@@ -168,8 +168,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def adapt_megatron(platform: Platform) -> None:
-    """Import Megatron, give it an AdamW where neither Transformer Engine nor apex brings one, and quiet its
-    import chatter. A second call changes nothing.
+    """Import Megatron, give it Braid's AdamW and torch's product for weight gradients, and quiet its import
+    chatter. A second call changes nothing.
     """
     logging.getLogger("megatron").setLevel(logging.ERROR)
     # Column-parallel backward overlaps its all-reduce with a GEMM only if kernels launch in order; without
@@ -194,12 +194,12 @@ def adapt_megatron(platform: Platform) -> None:
         token_dispatcher.maybe_move_tensor_to_cpu = _stay_on_cpu
         token_dispatcher.gather_from_sequence_parallel_region = uneven.gather
         token_dispatcher.reduce_scatter_to_sequence_parallel_region = uneven.reduce_scatter
-    if optimizer.USING_PYTORCH_OPTIMIZER:
-        from engine.runtime.adam import FusedAdamW
+    from engine.runtime.adam import FusedAdamW
 
-        optimizer.Adam = distributed_optimizer.Adam = FusedAdamW
-        optimizer.USING_PYTORCH_OPTIMIZER = False
-        distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_TE_OPTIMIZER = True
+    # One optimizer everywhere: its moments can be bf16 without Transformer Engine too.
+    optimizer.Adam = distributed_optimizer.Adam = FusedAdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_TE_OPTIMIZER = True
 
 
 class _WeightGradients:

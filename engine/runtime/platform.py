@@ -52,6 +52,9 @@ class Platform:
     use_te: bool
     """Layers come from Transformer Engine instead of plain torch."""
 
+    fp8_recipe: str | None = None
+    """How linears of decoder layers are scaled to fp8; None: they are not."""
+
     @property
     def is_cpu(self) -> bool:
         return self.device.type == "cpu"
@@ -77,7 +80,14 @@ class Platform:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def open_platform(*, device: str, dtype: str | None, transformer_impl: str, local_rank: int) -> Platform:
+def open_platform(
+    *,
+    device: str,
+    dtype: str | None,
+    transformer_impl: str,
+    local_rank: int,
+    fp8_recipe: str | None = None,
+) -> Platform:
     """Choose the device of this process and prepare torch for it. Raises ConfigError for what is missing."""
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_cuda and not torch.cuda.is_available():
@@ -88,6 +98,11 @@ def open_platform(*, device: str, dtype: str | None, transformer_impl: str, loca
     if transformer_impl == "te" and not have_te:
         missing = "is not installed" if on_cuda else "needs CUDA"
         raise ConfigError(f"transformer_impl te: Transformer Engine {missing}; use --transformer_impl torch")
+    use_te = have_te and transformer_impl != "torch"
+    if fp8_recipe is not None and not use_te:
+        raise ConfigError(
+            f"fp8_recipe {fp8_recipe} needs Transformer Engine on a GPU; install it or leave fp8_recipe out"
+        )
     name = dtype or ("bfloat16" if on_cuda else "float32")
     _silence_import_chatter()
     if on_cuda:
@@ -104,7 +119,8 @@ def open_platform(*, device: str, dtype: str | None, transformer_impl: str, loca
         device=torch.device("cuda", local_rank) if on_cuda else _CPU,
         backend="nccl" if on_cuda else "gloo",
         dtype=getattr(torch, name),
-        use_te=have_te and transformer_impl != "torch",
+        use_te=use_te,
+        fp8_recipe=fp8_recipe,
     )
 
 

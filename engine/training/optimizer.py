@@ -75,7 +75,14 @@ def build_optimizer(
         "initial_loss_scale": 2.0**8,
     }
     config = OptimizerConfig(**mcore.known_fields(OptimizerConfig, values))
+    moments = {name: getattr(torch, getattr(options, f"{name}_dtype")) for name in ("exp_avg", "exp_avg_sq")}
+    for name, moment_dtype in moments.items():
+        # Megatron allows it in its own constructor only with an optimizer of Transformer Engine.
+        setattr(config, f"{name}_dtype", moment_dtype)
     optimizer = get_megatron_optimizer(config, list(models), use_gloo_process_groups=False)
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer is not None:  # a rank without parameters to train
+            part.optimizer.moment_dtypes = moments
     _guard_update(optimizer)
     _connect_schedules(models, optimizer)
     return optimizer
