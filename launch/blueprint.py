@@ -18,7 +18,7 @@ from launch.disk import check_room
 from launch.processes import World, command_began, restart_count
 
 REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "none")
-_LEARNING_RATES = {"full": 1e-5, "lora": 1e-4}
+LEARNING_RATES = {"full": 1e-5, "lora": 1e-4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +75,12 @@ def draw(config: SftConfig, world: World, *, damaged: Collection[Path] = ()) -> 
     if run.output_dir is None:
         raise ConfigError("no output directory given; pass --output_dir DIR")
     _refuse_unbuilt(config)
-    _check_ranges(config)
+    check_ranges(config)
     check_options(config.data)
     if config.data.streaming and config.batch.max_steps is None:
         raise ConfigError("streaming needs max_steps: how many rows will come is not known")
     spec = load_model_spec(options.model)
-    layout = ParallelLayout.resolve(config.parallel, num_layers=spec.num_layers, world_size=world.size)
-    spec.check_tensor_parallel(layout.tp)
-    spec.check_expert_parallel(layout.ep, layout.etp)
-    _check_experts(config, spec)
-    spec.check_context_parallel(layout.tp, layout.cp, layout.cp_comm_type)
-    layout.check_cp_comm_type(has_te=options.transformer_impl != "torch" and options.device != "cpu")
+    layout = lay_out(config, spec, world.size)
     output_dir = Path(run.output_dir)
     resume = resolve_resume(
         run.resume_from_checkpoint, output_dir, damaged=damaged, restarted=restart_count() > 0
@@ -98,7 +93,7 @@ def draw(config: SftConfig, world: World, *, damaged: Collection[Path] = ()) -> 
     layout.check_micro_batches(shape.accumulation)
     lora = draw_lora(config, spec, layout)
     if config.optimizer.learning_rate is None:
-        config.optimizer.learning_rate = _LEARNING_RATES[options.train_type]
+        config.optimizer.learning_rate = LEARNING_RATES[options.train_type]
     return Blueprint(
         config=config,
         spec=spec,
@@ -110,6 +105,20 @@ def draw(config: SftConfig, world: World, *, damaged: Collection[Path] = ()) -> 
         lora=lora,
         started=command_began(),
     )
+
+
+def lay_out(config: SftConfig, spec: ModelSpec, world_size: int) -> ParallelLayout:
+    """The layout that the options ask for, fitting the model and the number of processes. Raises
+    ConfigError.
+    """
+    options = config.model
+    layout = ParallelLayout.resolve(config.parallel, num_layers=spec.num_layers, world_size=world_size)
+    spec.check_tensor_parallel(layout.tp)
+    spec.check_expert_parallel(layout.ep, layout.etp)
+    _check_experts(config, spec)
+    spec.check_context_parallel(layout.tp, layout.cp, layout.cp_comm_type)
+    layout.check_cp_comm_type(has_te=options.transformer_impl != "torch" and options.device != "cpu")
+    return layout
 
 
 def draw_lora(config: SftConfig, spec: ModelSpec, layout: ParallelLayout) -> LoraSpec | None:
@@ -181,7 +190,8 @@ def _refuse_unbuilt(config: SftConfig) -> None:
         raise ConfigError("report_to none stands alone, not beside other names")
 
 
-def _check_ranges(config: SftConfig) -> None:
+def check_ranges(config: SftConfig) -> None:
+    """Raise ConfigError for a number that is out of range whatever the model is."""
     values = flatten(config)
     if values["max_steps"] is not None and values["max_steps"] < 0:
         raise ConfigError(f"max_steps must not be negative, not {values['max_steps']}")
@@ -301,6 +311,11 @@ def check_output_dir(blueprint: Blueprint) -> None:
             f"output_dir {directory} is in use; choose another, empty it, or pass --resume_from_checkpoint "
             f"auto"
         )
+    check_writable(directory)
+
+
+def check_writable(directory: Path) -> None:
+    """Raise OutputError if `directory` cannot be made, or nothing can be written there."""
     parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not parent.is_dir():
         raise OutputError(f"output_dir {directory} cannot be made: {parent} is a file")

@@ -16,6 +16,7 @@ commands:
   merge     a base and a LoRA adapter -> one Hugging Face checkpoint; the base is not changed
   verify    prove that two checkpoints hold the same model (exit code 0: the same, 1: not)
   inspect   say what a checkpoint is, and whether all of it is there (exit code 0: it is, 1: not)
+  bench     measure training, communication, or every layout on random weights: bench train | comm | sweep
 
 braid COMMAND --help lists a command's flags. NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT
 start several processes; under torchrun or Slurm the same command is the worker."""
@@ -63,7 +64,11 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from launch.inspect import inspect
 
         return inspect
-    raise ConfigError(f"unknown command {name!r}; commands are sft, convert, merge, verify, inspect")
+    if name == "bench":
+        from launch.bench.command import bench
+
+        return bench
+    raise ConfigError(f"unknown command {name!r}; commands are sft, convert, merge, verify, inspect, bench")
 
 
 def run() -> None:

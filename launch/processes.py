@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ class World:
     started: bool
     """False in the process that still has to start the ranks."""
 
+    command: str = "sft"
+    """The braid command that runs, for messages."""
+
 
 def launch_environment() -> dict[str, str]:
     """Launch options that the environment sets. Under torchrun or Slurm these variables describe the worker
@@ -53,11 +56,11 @@ def launch_environment() -> dict[str, str]:
     return {option: os.environ[name] for name, option in ENVIRONMENT.items() if os.environ.get(name)}
 
 
-def find_world(options: LaunchOptions) -> World:
+def find_world(options: LaunchOptions, command: str = "sft") -> World:
     """This process's place, or the size of the world that has to be started. Raises ConfigError."""
     worker = _worker_world()
     if worker is not None:
-        return worker
+        return replace(worker, command=command)
     local_size = 1 if options.nproc_per_node is None else options.nproc_per_node
     nodes = 1 if options.nnodes is None else options.nnodes
     for name, value in (("nproc_per_node", local_size), ("nnodes", nodes)):
@@ -68,7 +71,14 @@ def find_world(options: LaunchOptions) -> World:
             raise ConfigError("NNODES > 1 needs NODE_RANK, MASTER_ADDR and MASTER_PORT on every node")
         if not 0 <= options.node_rank < nodes:
             raise ConfigError(f"node_rank must be in [0, {nodes}), not {options.node_rank}")
-    return World(rank=0, size=local_size * nodes, local_rank=0, local_size=local_size, started=False)
+    return World(
+        rank=0,
+        size=local_size * nodes,
+        local_rank=0,
+        local_size=local_size,
+        started=False,
+        command=command,
+    )
 
 
 def _worker_world() -> World | None:
@@ -169,7 +179,7 @@ def _after_restart(world: World) -> int | None:
         return int(first["code"])
     if world.rank == 0:
         reason = "a rank ended and left no message" if first is None else first["message"] + first["where"]
-        print(f"braid sft: restart {count} after: {reason}", file=sys.stderr, flush=True)
+        print(f"braid {world.command}: restart {count} after: {reason}", file=sys.stderr, flush=True)
     return None
 
 
@@ -184,15 +194,15 @@ def _report(world: World, message: str, code: int, place: str) -> None:
     elif place or world.rank == 0:
         # Started by somebody else's torchrun: what goes wrong before the grid exists goes wrong on every rank
         # alike.
-        print(_format(message, code, where), file=sys.stderr, flush=True)
+        print(_format(world.command, message, code, where), file=sys.stderr, flush=True)
 
 
-def _format(message: str, code: int, where: str) -> str:
+def _format(command: str, message: str, code: int, where: str) -> str:
     if code == StoppedError.exit_code:
-        return f"braid sft: {message}"
+        return f"braid {command}: {message}"
     if code == ConfigError.exit_code:
-        return f"braid sft: error{where}: {message}"
-    return f"braid sft: failed{where}:{chr(10) if chr(10) in message else ' '}{message}"
+        return f"braid {command}: error{where}: {message}"
+    return f"braid {command}: failed{where}:{chr(10) if chr(10) in message else ' '}{message}"
 
 
 def command_began() -> float:
@@ -246,30 +256,31 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str], *
         with _passing_on(Path(folder), others) as received:
             try:
                 elastic_launch(config, sys.executable)("-m", "launch.cli", *argv)
-                return _stopped(Path(folder))
+                return _stopped(world.command, Path(folder))
             except ChildFailedError as error:
                 if received:  # before the ranks knew how to save
-                    return _ended_by(received[0])
+                    return _ended_by(world.command, received[0])
                 _, failure = error.get_first_failure()
-                return _first_error(Path(folder), failure.exitcode)
+                return _first_error(world.command, Path(folder), failure.exitcode)
             except SignalException as error:
                 # The agent has ended the ranks that it knew of; a signal amid their start leaves it without
                 # the last.
                 _end_processes(others)
-                return _ended_by(received[0] if received else signal.Signals(error.sigval))
+                number = received[0] if received else signal.Signals(error.sigval)
+                return _ended_by(world.command, number)
 
 
-def _ended_by(number: signal.Signals) -> int:
-    print(f"braid sft: stopped by {number.name}", file=sys.stderr, flush=True)
+def _ended_by(command: str, number: signal.Signals) -> int:
+    print(f"braid {command}: stopped by {number.name}", file=sys.stderr, flush=True)
     return 128 + int(number)
 
 
-def _stopped(folder: Path) -> int:
+def _stopped(command: str, folder: Path) -> int:
     """The exit code of a run whose ranks all ended well: of one that was asked to stop, if it was."""
     record = _first_record(folder, None)
     if record is None or record["code"] != StoppedError.exit_code:
         return 0
-    print(_format(record["message"], record["code"], ""), file=sys.stderr, flush=True)
+    print(_format(command, record["message"], record["code"], ""), file=sys.stderr, flush=True)
     return int(record["code"])
 
 
@@ -323,14 +334,16 @@ def _environment(name: str, value: str) -> Iterator[None]:
         del os.environ[name]
 
 
-def _first_error(folder: Path, exit_code: int) -> int:
+def _first_error(command: str, folder: Path, exit_code: int) -> int:
     """Print the message of the rank that failed first. A killed rank leaves none: say how it died."""
     first = _first_record(folder, None)
     if first is None:
         how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
-        print(f"braid sft: failed: a rank ended with {how} and left no message", file=sys.stderr, flush=True)
+        message = f"braid {command}: failed: a rank ended with {how} and left no message"
+        print(message, file=sys.stderr, flush=True)
         return 1
-    print(_format(first["message"], first["code"], first["where"]), file=sys.stderr, flush=True)
+    line = _format(command, first["message"], first["code"], first["where"])
+    print(line, file=sys.stderr, flush=True)
     return int(first["code"])
 
 

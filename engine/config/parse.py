@@ -60,7 +60,7 @@ class Option:
 
 def options_of(config_type: Any) -> dict[str, Option]:
     """All options of a config by flag name. Its fields are option groups (dataclasses), or options
-    themselves.
+    themselves; the names in its `left_out`, if it has that, keep their defaults and are no flags.
     """
     default, found, hints = config_type(), {}, typing.get_type_hints(config_type)
     docs = _field_docs(config_type)
@@ -83,7 +83,8 @@ def options_of(config_type: Any) -> dict[str, Option]:
                 default=value,
                 help=docs.get(item.name, ""),
             )
-    return found
+    left_out = getattr(config_type, "left_out", ())
+    return {name: option for name, option in found.items() if name not in left_out}
 
 
 def parse(
