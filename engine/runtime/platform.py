@@ -111,6 +111,8 @@ def open_platform(
                 f"local rank {local_rank} has no GPU of its own: {torch.cuda.device_count()} visible; "
                 f"lower NPROC_PER_NODE"
             )
+        # Micro-batches have any number of tokens: without segments that grow, memory falls to pieces.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(local_rank)
     else:
         install_cpu()

@@ -99,6 +99,7 @@ def run(config: TrainBenchConfig, world: World, place: list[str]) -> None:
         dtype=config.model.torch_dtype,
         transformer_impl=config.model.transformer_impl,
         local_rank=world.local_rank,
+        fp8_recipe=config.model.fp8_recipe,
     )
     opened = opened_groups(
         blueprint.layout, platform, world, place, seed=bench.seed, deterministic=bench.deterministic
