@@ -197,8 +197,8 @@ class RecomputeOptions:
     """Layers of a recomputed group (uniform), or recomputed layers per stage (block); default 1."""
 
     recompute_modules: list[str] = field(default_factory=list)
-    """What granularity selective recomputes in every layer: core_attn (the default), layernorm, mlp, moe,
-    shared_experts.
+    """What granularity selective recomputes in every layer: core_attn (the default), layernorm, mlp_act
+    (silu(gate) * up of dense layers), mlp, moe, shared_experts.
     """
 
 

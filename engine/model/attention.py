@@ -3,7 +3,6 @@
 Shape suffixes: T tokens of a rank, K keys, N query heads of this rank, G key/value heads, D head dimension.
 """
 
-import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -98,8 +97,8 @@ def attend(query_TND: Tensor, key_KGD: Tensor, value_KGD: Tensor, segments: Segm
     Kernels for packed sequences where torch has them (half precision on CUDA); elsewhere
     scaled_dot_product_attention, segment by segment.
     """
-    if _has_varlen_kernel(query_TND):
-        return _attend_varlen(query_TND, key_KGD, value_KGD, segments, scale)
+    if _has_packed_kernel(query_TND):
+        return _attend_packed(query_TND, key_KGD, value_KGD, segments, scale)
     lengths = segments.q_lengths
     if segments.key_index is None and len(set(lengths)) == 1:
         return _square(query_TND, key_KGD, value_KGD, len(lengths), scale)
@@ -161,45 +160,74 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor
     return out[0].transpose(0, 1)
 
 
-@cache
-def _varlen_function() -> tuple[Any, bool] | None:
-    """torch's kernel for packed sequences, and whether it knows grouped queries; None where it is absent."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
-
-
-def _has_varlen_kernel(query: Tensor) -> bool:
+def _has_packed_kernel(query: Tensor) -> bool:
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256
-        and _varlen_function() is not None
     )
 
 
-def _attend_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
-    found = _varlen_function()
-    assert found is not None
-    function, knows_groups = found
+class _Packed(torch.autograd.Function):
+    """torch's kernels for packed sequences, grouped queries included: cuDNN's where every segment sees its
+    own keys, FlashAttention 2 otherwise.
+
+    torch.nn.attention.varlen calls the same operators, but without grouped queries in torch 2.11.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float
+    ) -> Tensor:
+        tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+        sizes = (segments.cu_q, segments.cu_k, max(segments.q_lengths), max(segments.k_lengths))
+        ctx.cudnn = segments.key_index is None and _cudnn_packs(query.device.index)
+        if ctx.cudnn:
+            tensors = [x.contiguous() for x in tensors]
+            result = torch.ops.aten._cudnn_attention_forward(
+                *tensors, None, *sizes, True, 0.0, True, False, scale=scale
+            )
+            out, normalizers = result[0], result[1]
+        else:
+            out, normalizers, *_ = torch.ops.aten._flash_attention_forward(
+                *tensors, *sizes, 0.0, True, False, scale=scale
+            )
+        ctx.sizes, ctx.scale = sizes, scale
+        ctx.save_for_backward(*tensors, out, normalizers)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, normalizers = ctx.saved_tensors
+        grad = grad_outputs[0].contiguous()
+        # Without dropout the state of the random generator is not read.
+        state = torch.zeros(2, dtype=torch.uint64, device=query.device)
+        inputs = (grad, query, key, value, out, normalizers)
+        if ctx.cudnn:
+            grads = torch.ops.aten._cudnn_attention_backward(
+                *inputs, state, state, None, *ctx.sizes, 0.0, True, scale=ctx.scale
+            )
+        else:
+            grads = torch.ops.aten._flash_attention_backward(
+                *inputs, *ctx.sizes, 0.0, True, state, state.new_empty(0), scale=ctx.scale
+            )
+        return *grads, None, None
+
+
+@cache
+def _cudnn_packs(device: int) -> bool:
+    """Whether cuDNN's kernels take packed sequences here, and are the faster ones: Hopper and Blackwell."""
+    try:
+        version = torch.backends.cudnn.version()
+    except RuntimeError:  # another cuDNN than torch's own comes first on the library path
+        return False
+    major, _ = torch.cuda.get_device_capability(device)
+    return version is not None and version >= 91800 and major in (9, 10)
+
+
+def _attend_packed(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
     if segments.key_index is not None:
         k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
-    grouped = q.shape[1] != k.shape[1]
-    if grouped and not knows_groups:
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    out: Tensor = function(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        segments.cu_q,
-        segments.cu_k,
-        max(segments.q_lengths),
-        max(segments.k_lengths),
-        scale=scale,
-        window_size=(-1, 0),
-        **({"enable_gqa": True} if grouped and knows_groups else {}),
-    )
+    out: Tensor = _Packed.apply(q, k, v, segments, scale)
     return out

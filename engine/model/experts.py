@@ -29,6 +29,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from engine.model.fused import swiglu
+from engine.model.layers import GatedMLP
+
 # One kernel for the matrices of all experts; torch 2.10 made it public.
 grouped_mm: Any = getattr(F, "grouped_mm", torch._grouped_mm)
 
@@ -63,7 +66,7 @@ class ExpertLayer(TransformerLayer):
         return super().forward(*arguments, **more)
 
 
-class SharedExpert(SharedExpertMLP):
+class SharedExpert(SharedExpertMLP, GatedMLP):
     """The expert that every token goes to."""
 
     column_linear: type = ColumnParallelLinear
@@ -167,8 +170,8 @@ class GroupedExperts(MegatronModule):
         [N, H].
         """
         counts = tokens_per_expert.tolist()
-        gate, value = self.linear_fc1().apply(tokens_NH, counts).chunk(2, dim=-1)
-        weighted = (F.silu(gate) * value * weights_N[:, None]).to(tokens_NH.dtype)
+        active = swiglu(self.linear_fc1().apply(tokens_NH, counts))
+        weighted = (active * weights_N[:, None]).to(tokens_NH.dtype)
         return self.linear_fc2().apply(weighted, counts), None
 
     def sharded_state_dict(

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
 from torch import Tensor
 
-from engine.runtime.kernels import add_product, fused, product
+from engine.model.fused import logit_statistics, logits_to_gradients
+from engine.runtime.kernels import add_product, product
 
 # Logits that exist at once. On a GPU few large products are fast; on a CPU whole passes stay near the cache.
 _BLOCK_BYTES = {"cuda": 2**30, "cpu": 2**26}
@@ -98,7 +99,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             total += losses.sum()
             if not wants_x and not wants_weight:
                 continue
-            _to_gradients(logits, places, normalizer, factor)
+            logits_to_gradients(logits, places, normalizer, factor)
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[rows])
             if not wants_weight:
@@ -140,7 +141,7 @@ def _losses(logits_RV: Tensor, places: Tensor, group: dist.ProcessGroup | None) 
         maxima = places.new_full(places.shape, float("-inf"), dtype=torch.float32)
         sums, picked = torch.zeros_like(maxima), torch.zeros_like(maxima)
     else:
-        maxima, sums, picked = _statistics(logits_RV, places)
+        maxima, sums, picked = logit_statistics(logits_RV, places)
     if group is not None:
         highest = maxima.clone()
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
@@ -149,27 +150,6 @@ def _losses(logits_RV: Tensor, places: Tensor, group: dist.ProcessGroup | None) 
         maxima, (sums, picked) = highest, both.unbind()
     normalizer = maxima + sums.log()
     return normalizer - picked, normalizer
-
-
-@fused
-def _statistics(logits_RV: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every row: the largest logit, the sum of exponentials relative to it, and the logit of the target, 0
-    where another rank has it; float32 [R].
-    """
-    values = logits_RV.float()
-    maxima = values.amax(-1)
-    sums = (values - maxima[:, None]).exp().sum(-1)
-    width = logits_RV.shape[1]
-    picked = logits_RV.gather(-1, places.clamp(0, width - 1)[:, None])[:, 0].float()
-    return maxima, sums, torch.where((places >= 0) & (places < width), picked, 0.0)
-
-
-@fused
-def _to_gradients(logits_RV: Tensor, places: Tensor, normalizer: Tensor, factor: Tensor) -> None:
-    """Overwrite logits by (softmax - one-hot) * factor."""
-    columns = torch.arange(logits_RV.shape[1], device=logits_RV.device)
-    probabilities = (logits_RV.float() - normalizer[:, None]).exp()
-    logits_RV.copy_((probabilities - (columns == places[:, None]).float()) * factor)
 
 
 def _hand_over(grad: Tensor, share: Tensor, weight: Tensor, columns: int, *, fuse: bool) -> Tensor | None:

@@ -8,17 +8,18 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from engine.model.attention import Segments, attend
 from engine.model.context_parallel import ContextParallel
+from engine.model.fused import Rotary, rms_norm, swiglu
 from engine.model.head import Targets
 from engine.model.router import Balance
 from engine.model.spec import RopeSpec
-from engine.runtime.kernels import fused
 
 
 @dataclasses.dataclass
@@ -67,7 +68,7 @@ class Routing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerParts:
-    """The classes that a decoder layer is made of."""
+    """The classes that a decoder layer is made of, and what it keeps."""
 
     column_linear: type
     row_linear: type
@@ -76,6 +77,8 @@ class LayerParts:
     shared_expert: type
     norm_linear: type | None = None
     """A column-parallel linear with the norm before it in itself; None: norms are modules of their own."""
+    recompute_activation: bool = False
+    """silu(gate) * up of a dense MLP is computed again in the backward pass."""
 
 
 class RMSNorm(torch.nn.Module):
@@ -94,7 +97,28 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class GatedMLP(MLP):
+    """Megatron's MLP with silu(gate) * up in one kernel; `recompute_activation` computes it again in the
+    backward pass instead of keeping it.
+    """
+
+    def __init__(self, *arguments: Any, recompute_activation: bool = False, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.recompute_activation = recompute_activation
+
+    def forward(self, hidden_states: Tensor, *unused: Any, **more: Any) -> tuple[Tensor, Tensor | None]:
+        """[T, 1, H] -> [T, 1, H] and no bias."""
+        both, _ = self.linear_fc1(hidden_states)
+        if not self.recompute_activation or not self.training:
+            output: tuple[Tensor, Tensor | None] = self.linear_fc2(swiglu(both))
+            return output
+        checkpoint = CheckpointWithoutOutput()
+        out, bias = self.linear_fc2(checkpoint.checkpoint(swiglu, both))
+        checkpoint.discard_output_and_register_recompute(out)
+        return out, bias
 
 
 class RotaryTable(torch.nn.Module):
@@ -135,34 +159,6 @@ def _inverse_frequencies(rope: RopeSpec, head_dim: int, max_position_embeddings:
     )
     config.head_dim = head_dim
     return ROPE_INIT_FUNCTIONS[rope.rope_type](config, torch.device("cpu"))
-
-
-class Rotary(torch.autograd.Function):
-    """Rotate pairs (i, i + D/2) of every head of queries and keys by a position's angle (Su et al., 2021)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query_TND: Tensor, key_TGD: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin are [T, 1, D], with the same numbers in both halves."""
-        ctx.save_for_backward(cos, sin)
-        return _rotate(query_TND, key_TGD, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """A rotation by the negative angle."""
-        cos, sin = ctx.saved_tensors
-        query, key = grad_outputs
-        return *_rotate(query, key, cos, -sin), None, None
-
-
-@fused
-def _rotate(query_TND: Tensor, key_TGD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    def rotated(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-    return rotated(query_TND), rotated(key_TGD)
 
 
 def apply_rotary(query_TND: Tensor, key_TGD: Tensor, documents: DocumentParams) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from engine.config.parallel import ParallelLayout
 from engine.errors import ConfigError
 from engine.model.experts import ExpertLayer, GroupedExperts, MixtureOfExperts, SharedExpert
 from engine.model.gpt import BraidGPTModel
-from engine.model.layers import CoreAttention, LayerParts, RMSNorm
+from engine.model.layers import CoreAttention, GatedMLP, LayerParts, RMSNorm
 from engine.model.lora import A, B, attach_lora
 from engine.model.lora_spec import LoraSpec
 from engine.model.router import Router
@@ -29,7 +29,9 @@ _CANONICAL_NORMS = {
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
 
-RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "shared_experts")
+_MLP_ACTIVATION = "mlp_act"
+# Megatron's, and Braid's of dense layers.
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "shared_experts", _MLP_ACTIVATION)
 
 
 def canonical_norms(*, experts: bool) -> dict[str, str]:
@@ -79,8 +81,7 @@ def transformer_config(
         # Gradients of frozen weights are not computed, so there is nowhere to add them.
         "gradient_accumulation_fusion": not lora,
         "bias_dropout_fusion": False,
-        # Megatron compiles silu(gate) * up into one kernel.
-        "bias_activation_fusion": platform.fuses,
+        "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "persist_layer_norm": platform.use_te,
@@ -156,10 +157,10 @@ def _recompute(options: RecomputeOptions) -> dict[str, Any]:
                 raise ConfigError(
                     f"recompute_modules {name!r} is not known; choose from {', '.join(RECOMPUTE_MODULES)}"
                 )
-        return {
-            "recompute_granularity": granularity,
-            "recompute_modules": options.recompute_modules or None,
-        }
+        modules = [name for name in options.recompute_modules if name != _MLP_ACTIVATION]
+        if options.recompute_modules and not modules:
+            return {"recompute_granularity": None}
+        return {"recompute_granularity": granularity, "recompute_modules": modules or None}
     if options.recompute_num_layers is not None and options.recompute_num_layers < 1:
         raise ConfigError(f"recompute_num_layers must be at least 1, not {options.recompute_num_layers}")
     return {
@@ -193,12 +194,13 @@ def block_spec(
     )
 
 
-def layer_parts(platform: Platform, *, lora: bool) -> LayerParts:
-    """The classes of the layers on a platform; LoRA reads what norms return."""
+def layer_parts(platform: Platform, recompute: RecomputeOptions, *, lora: bool) -> LayerParts:
+    """What layers are made of on a platform; LoRA reads what norms return."""
+    recompute_activation = _MLP_ACTIVATION in recompute.recompute_modules
     if platform.use_te:
         from engine.model.te_layers import te_parts
 
-        return te_parts(fused_norm=not lora)
+        return te_parts(fused_norm=not lora, recompute_activation=recompute_activation)
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     return LayerParts(
@@ -207,6 +209,7 @@ def layer_parts(platform: Platform, *, lora: bool) -> LayerParts:
         norm=RMSNorm,
         core_attention=CoreAttention,
         shared_expert=SharedExpert,
+        recompute_activation=recompute_activation,
     )
 
 
@@ -244,7 +247,7 @@ def _layer_spec(config: TransformerConfig, parts: LayerParts, dispatcher: str | 
 
 
 def _mlp_spec(parts: LayerParts, dispatcher: str | None) -> Any:
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
+    from megatron.core.transformer.mlp import MLPSubmodules
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
@@ -252,7 +255,11 @@ def _mlp_spec(parts: LayerParts, dispatcher: str | None) -> Any:
         linears = MLPSubmodules(
             linear_fc1=parts.norm_linear or parts.column_linear, linear_fc2=parts.row_linear
         )
-        return ModuleSpec(module=MLP, submodules=linears)
+        return ModuleSpec(
+            module=GatedMLP,
+            params={"recompute_activation": parts.recompute_activation},
+            submodules=linears,
+        )
     return ModuleSpec(
         module=MixtureOfExperts,
         params={"dispatcher": dispatcher},
@@ -288,7 +295,7 @@ def build_chunks(
             config=config,
             transformer_layer_spec=block_spec(
                 config,
-                layer_parts(platform, lora=lora is not None),
+                layer_parts(platform, recompute, lora=lora is not None),
                 sparse=[spec.has_experts(layer) for layer in layers],
                 dispatcher=moe.moe_token_dispatcher_type,
             ),

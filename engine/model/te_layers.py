@@ -55,7 +55,7 @@ class TESharedExpert(SharedExpert):
     row_linear = TERowParallelLinear
 
 
-def te_parts(*, fused_norm: bool) -> LayerParts:
+def te_parts(*, fused_norm: bool, recompute_activation: bool) -> LayerParts:
     """Transformer Engine's layers; without `fused_norm`, as LoRA needs it, norms are modules of their own."""
     return LayerParts(
         column_linear=TEColumnParallelLinear,
@@ -63,5 +63,6 @@ def te_parts(*, fused_norm: bool) -> LayerParts:
         norm=TENorm,
         core_attention=TECoreAttention,
         shared_expert=TESharedExpert,
+        recompute_activation=recompute_activation,
         norm_linear=TELayerNormColumnParallelLinear if fused_norm else None,
     )

@@ -20,7 +20,6 @@ import torch
 from torch.utils._device import _device_constructors
 
 from engine.errors import ConfigError
-from engine.runtime.kernels import can_compile
 
 # Factory functions that Megatron calls with device="cuda" (or the current device).
 _FACTORIES = (
@@ -58,11 +57,6 @@ class Platform:
     @property
     def is_cpu(self) -> bool:
         return self.device.type == "cpu"
-
-    @property
-    def fuses(self) -> bool:
-        """Whether elementwise operations are compiled into fewer kernels."""
-        return not self.is_cpu and can_compile()
 
     def peak_flops(self) -> float | None:
         """bf16 peak of the device in FLOP/s, or None where it is not known (never invented)."""

@@ -94,13 +94,13 @@ def test_no_targets() -> None:
 
 def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(head._BLOCK_BYTES, "cpu", 5 * VOCABULARY * 4)
-    seen, statistics = [], head._statistics
+    seen, statistics = [], head.logit_statistics
 
     def watch(logits: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, ...]:
         seen.append(tuple(logits.shape))
         return statistics(logits, places)
 
-    monkeypatch.setattr(head, "_statistics", watch)
+    monkeypatch.setattr(head, "logit_statistics", watch)
     x, weight, labels = inputs(23)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
