@@ -6,7 +6,6 @@ Shape suffixes: T tokens of a rank, K keys, N query heads of this rank, G key/va
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -170,60 +169,40 @@ def _has_packed_kernel(query: Tensor) -> bool:
 
 
 class _Packed(torch.autograd.Function):
-    """torch's kernels for packed sequences, grouped queries included: cuDNN's where every segment sees its
-    own keys, FlashAttention 2 otherwise.
+    """torch's FlashAttention for packed sequences.
 
-    torch.nn.attention.varlen calls the same operators, but without grouped queries in torch 2.11.
+    torch.nn.attention.varlen calls the same operators, but knows no grouped queries in torch 2.11. cuDNN's
+    operator for packed sequences was tried there too: it takes 40 ms a call, and its gradients are wrong.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float
     ) -> Tensor:
-        tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+        inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
         sizes = (segments.cu_q, segments.cu_k, max(segments.q_lengths), max(segments.k_lengths))
-        ctx.cudnn = segments.key_index is None and _cudnn_packs(query.device.index)
-        if ctx.cudnn:
-            tensors = [x.contiguous() for x in tensors]
-            result = torch.ops.aten._cudnn_attention_forward(
-                *tensors, None, *sizes, True, 0.0, True, False, scale=scale
-            )
-            out, normalizers = result[0], result[1]
-        else:
-            out, normalizers, *_ = torch.ops.aten._flash_attention_forward(
-                *tensors, *sizes, 0.0, True, False, scale=scale
-            )
+        out, normalizers, *_ = torch.ops.aten._flash_attention_forward(
+            *inputs, *sizes, 0.0, True, False, scale=scale
+        )
         ctx.sizes, ctx.scale = sizes, scale
-        ctx.save_for_backward(*tensors, out, normalizers)
+        ctx.save_for_backward(*inputs, out, normalizers)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, normalizers = ctx.saved_tensors
-        grad = grad_outputs[0].contiguous()
         # Without dropout the state of the random generator is not read.
-        state = torch.zeros(2, dtype=torch.uint64, device=query.device)
-        inputs = (grad, query, key, value, out, normalizers)
-        if ctx.cudnn:
-            grads = torch.ops.aten._cudnn_attention_backward(
-                *inputs, state, state, None, *ctx.sizes, 0.0, True, scale=ctx.scale
-            )
-        else:
-            grads = torch.ops.aten._flash_attention_backward(
-                *inputs, *ctx.sizes, 0.0, True, state, state.new_empty(0), scale=ctx.scale
-            )
+        state = torch.zeros(2, dtype=torch.uint64, device=grad_outputs[0].device)
+        grads = torch.ops.aten._flash_attention_backward(
+            grad_outputs[0].contiguous(),
+            *ctx.saved_tensors,
+            *ctx.sizes,
+            0.0,
+            True,
+            state,
+            state.new_empty(0),
+            scale=ctx.scale,
+        )
         return *grads, None, None
-
-
-@cache
-def _cudnn_packs(device: int) -> bool:
-    """Whether cuDNN's kernels take packed sequences here, and are the faster ones: Hopper and Blackwell."""
-    try:
-        version = torch.backends.cudnn.version()
-    except RuntimeError:  # another cuDNN than torch's own comes first on the library path
-        return False
-    major, _ = torch.cuda.get_device_capability(device)
-    return version is not None and version >= 91800 and major in (9, 10)
 
 
 def _attend_packed(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:

@@ -105,8 +105,17 @@ class GatedMLP(MLP):
     backward pass instead of keeping it.
     """
 
-    def __init__(self, *arguments: Any, recompute_activation: bool = False, **more: Any) -> None:
-        super().__init__(*arguments, **more)
+    def __init__(
+        self,
+        *arguments: Any,
+        recompute_activation: bool = False,
+        pg_collection: Any = None,
+        tp_group: Any = None,
+        **more: Any,
+    ) -> None:
+        # Newer versions of Megatron hand groups over in one way to its own MLP, and in another to others.
+        group = tp_group if pg_collection is None else pg_collection.tp
+        super().__init__(*arguments, tp_group=group, **more)
         self.recompute_activation = recompute_activation
 
     def forward(self, hidden_states: Tensor, *unused: Any, **more: Any) -> tuple[Tensor, Tensor | None]:
