@@ -54,7 +54,7 @@ class BenchOptions:
     """Write a Chrome trace of one more step on rank 0 to this file (.json or .json.gz)."""
 
     output_dir: str | None = None
-    """New directory for bench.json, bench.md and bench.png; default: print only."""
+    """New directory for the results as JSON, Markdown and PNG; default: print only."""
 
     dataloader_num_workers: int = 1
     """Background threads that assemble micro-batches ahead of the step; 0 assembles them in the step."""
@@ -99,7 +99,7 @@ class CommOptions:
     """Where to run; auto takes CUDA where a GPU is visible."""
 
     output_dir: str | None = None
-    """New directory for comm.json, comm.md and comm.png; default: print only."""
+    """New directory for the results as JSON, Markdown and PNG; default: print only."""
 
 
 @dataclass(kw_only=True)
@@ -133,7 +133,9 @@ class SweepOptions:
     """Degrees to try; default: all that divide the number of processes, for models with experts."""
 
     micro_batch_sizes: list[int] = field(default_factory=lambda: [1, 2, 4])
-    """Rows of a micro-batch to try."""
+    """Rows of a micro-batch to try. Without global_batch_size the step of every case has 4 x the largest of
+    them x the number of processes.
+    """
 
     recompute: list[Literal["none", "selective", "full"]] = field(default_factory=lambda: ["none"])
     """Activation checkpointing to try."""

@@ -1,13 +1,15 @@
 """`braid bench sweep`: `braid bench train` with every setting that fits, the best first."""
 
+import contextlib
 import copy
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,11 @@ import psutil
 from engine.config.bench import SweepBenchConfig, TrainBenchConfig
 from engine.config.parse import flatten, options_of
 from engine.errors import ConfigError, UserError
-from launch.bench.output import Table, new_figure, write_files
+from launch.bench.output import Table, new_figure, write_files, write_json
 from launch.bench.paper import check_outputs, draw_bench, read_spec
+from launch.bench.ranks import command_line
 from launch.processes import ENVIRONMENT, World
+from launch.record import git_revision, versions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -89,14 +93,26 @@ def run(config: SweepBenchConfig, world: World) -> int:
         root = Path(output_dir or folder)
         print(f"{len(candidates)} cases on {world.size} processes; {len(refused)} combinations do not fit")
         cases: list[Case] = []
-        for number, candidate in enumerate(candidates, start=1):
-            directory = root / f"case-{number:03d}-{candidate.name}"
-            case = _run_case(config, candidate, world, directory)
-            cases.append(case)
-            print(f"[{number}/{len(candidates)}] {candidate.name}: {_outcome(case)}", flush=True)
-        ranked = sorted(cases, key=lambda case: -(case.tokens_per_s or 0.0))
-        _write(config, ranked, refused, output_dir)
+        with _ending_on_sigterm():
+            for number, candidate in enumerate(candidates, start=1):
+                directory = root / f"case-{number:03d}-{candidate.name}"
+                case = _run_case(config, candidate, world, directory)
+                cases = sorted([*cases, case], key=lambda case: -(case.tokens_per_s or 0.0))
+                print(f"[{number}/{len(candidates)}] {candidate.name}: {_outcome(case)}", flush=True)
+                # A sweep that is ended keeps what it has measured.
+                write_json(root / "sweep.json", _record(config, cases, refused))
+        _write(config, cases, refused, output_dir)
     return 0 if any(case.tokens_per_s for case in cases) else 1
+
+
+@contextlib.contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack, so that the case that runs is ended too."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def draw_sweep(config: SweepBenchConfig, world: World) -> tuple[list[Candidate], dict[str, str]]:
@@ -204,15 +220,12 @@ def _run_case(config: SweepBenchConfig, candidate: Candidate, world: World, dire
 
 def _end(process: subprocess.Popen[str]) -> None:
     """End a case and the ranks that it started."""
-    try:
-        tree = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    except psutil.NoSuchProcess:
-        return
-    for member in tree:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        launcher.suspend()  # it starts no more
+        for member in [*launcher.children(recursive=True), launcher]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
     process.wait()
 
 
@@ -242,37 +255,41 @@ def _outcome(case: Case) -> str:
     return f"{case.tokens_per_s:,.0f} tokens/s{mfu}{memory}"
 
 
-def _write(
-    config: SweepBenchConfig, cases: Sequence[Case], refused: Mapping[str, str], output_dir: str | None
-) -> None:
-    from launch.bench.ranks import command_line
-    from launch.record import git_revision, versions
-
-    model = config.bench.shape or config.model.model or ""
-    table = _table(model, cases)
-    table.show()
-    if output_dir is None:
-        return
-    command = command_line(sys.argv[1:])
-    record = {
+def _record(config: SweepBenchConfig, cases: Sequence[Case], refused: Mapping[str, str]) -> dict[str, Any]:
+    """For JSON."""
+    return {
         "kind": "sweep",
-        "model": model,
+        "model": _model(config),
         "options": flatten(config),
         "global_batch_size": config.batch.global_batch_size,
-        "cases": [asdict(case) | {"name": case.candidate.name} for case in cases],
+        "cases": [{"name": case.candidate.name, **asdict(case)} for case in cases],
         "refused": dict(refused),
-        "command": command,
+        "command": command_line(sys.argv[1:]),
         "revision": git_revision(),
         "versions": versions(),
     }
+
+
+def _model(config: SweepBenchConfig) -> str:
+    return str(config.bench.shape or config.model.model)
+
+
+def _write(
+    config: SweepBenchConfig, cases: Sequence[Case], refused: Mapping[str, str], output_dir: str | None
+) -> None:
+    model, table = _model(config), _table(_model(config), cases)
+    table.show()
+    if output_dir is None:
+        return
     reasons = [f"- {name}: {reason}" for name, reason in refused.items()]
     markdown = [
         f"# braid bench sweep: {model}",
-        f"```\n{command}\n```",
+        f"```\n{command_line(sys.argv[1:])}\n```",
         f"Global batch {config.batch.global_batch_size}. Every case's own results are beside this file.",
         table.markdown(),
         *(["Combinations that do not fit:", "\n".join(reasons)] if reasons else []),
     ]
+    record = _record(config, cases, refused)
     write_files(Path(output_dir), "sweep", record, "\n\n".join(markdown), _picture(model, cases))
 
 

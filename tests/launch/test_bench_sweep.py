@@ -1,6 +1,7 @@
 """`braid bench sweep`: which cases there are, and what becomes of those that fail."""
 
 import json
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,15 @@ def test_a_case_that_does_not_end_is_ended(tmp_path: Path, cache: Path) -> None:
     )  # fmt: skip
     assert run.code == 1
     assert "tp2-pp1-mb1: no result after 4 s" in run.stdout
+    assert not run.left_running
+
+
+def test_a_sweep_that_is_ended_leaves_nothing_running(tmp_path: Path, cache: Path) -> None:
+    run = braid(
+        "bench", "sweep", "--shape", "tiny", "--device", "cpu", "--steps", "100000", "--max_length", "16",
+        "--micro_batch_sizes", "1", cache=cache, NPROC_PER_NODE="2", stop_by=signal.SIGTERM,
+    )  # fmt: skip
+    assert run.code == 128 + signal.SIGTERM
     assert not run.left_running
 
 
