@@ -167,7 +167,19 @@ def test_data_and_mapping_import_without_megatron() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["--help", "sft --help", "convert --help", "merge --help", "verify --help", "inspect --help"]
+    "command",
+    [
+        "--help",
+        "sft --help",
+        "convert --help",
+        "merge --help",
+        "verify --help",
+        "inspect --help",
+        "bench --help",
+        "bench train --help",
+        "bench comm --help",
+        "bench sweep --help",
+    ],
 )
 def test_help_answers_without_heavy_imports(command: str) -> None:
     loaded = loaded_after(f"from launch.cli import main\nassert main({command.split()}) == 0")

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine.config.options import CommBenchConfig, SweepBenchConfig, TrainBenchConfig
+from engine.config.bench import CommBenchConfig, SweepBenchConfig, TrainBenchConfig
 from engine.config.parse import help_text, parse
 from engine.errors import ConfigError
 from launch.bench.paper import check_outputs, draw_bench
@@ -66,11 +66,19 @@ def _train(config: TrainBenchConfig, world: World, argv: Sequence[str]) -> int:
 
 
 def _comm(config: CommBenchConfig, world: World, argv: Sequence[str]) -> int:
-    raise NotImplementedError
+    from launch.bench.comm import draw_comm, run
+
+    def check() -> None:
+        draw_comm(config, world)
+        check_outputs(config.comm.output_dir)
+
+    return _start(config.launch, world, argv, check, lambda place: run(config, world, place))
 
 
 def _sweep(config: SweepBenchConfig, world: World, argv: Sequence[str]) -> int:
-    raise NotImplementedError
+    from launch.bench.sweep import run
+
+    return run(config, world)
 
 
 def _start(

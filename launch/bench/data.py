@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.config.options import BenchOptions
+from engine.config.bench import BenchOptions
 
 if TYPE_CHECKING:
     from engine.data.store import TokenStore

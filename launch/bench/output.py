@@ -26,20 +26,22 @@ class Table:
     def show(self) -> None:
         """Print it with rich."""
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title, title_justify="left")
+        table = RichTable(title=escape(self.title), title_justify="left")
         for index, column in enumerate(self.columns):
             table.add_column(column, justify="left" if index == 0 else "right")
         for row in self.rows:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         console = Console()
         Console(width=max(_WIDTH, console.width) if console.is_terminal else _WIDTH).print(table)
 
     def markdown(self) -> str:
         """The same as a Markdown table."""
         lines = [self.columns, ["---"] * len(self.columns), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        escaped = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+        return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
 
 def new_figure(*, width: float, height: float) -> "Figure":

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from engine.config.batch import resolve_batch_shape
-from engine.config.options import DataOptions, RunOptions, SftConfig, TrainBenchConfig
+from engine.config.bench import TrainBenchConfig
+from engine.config.options import DataOptions, RunOptions, SftConfig
 from engine.errors import ConfigError, OutputError
 from engine.model.spec import ModelSpec, load_model_spec
 from launch.bench.shapes import spec_of_shape

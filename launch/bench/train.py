@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from engine.config.options import TrainBenchConfig
+from engine.config.bench import TrainBenchConfig
 from engine.config.parse import flatten
 from engine.data.loader import StepBatch
 from engine.errors import TrainingError
@@ -256,11 +256,19 @@ def _memory_named(
     """Turn what a device without memory raises into one line, and leave it in bench.json."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
         message = f"out of memory on the device {phase.name}; {_remedy(blueprint)}"
         if config.bench.output_dir is not None:
             write_oom(Path(config.bench.output_dir), message, flatten(config), Environment.here(platform))
         raise TrainingError(message) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Of torch's allocator, or of a library that allocates for itself."""
+    texts = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in texts)
 
 
 def _remedy(blueprint: Blueprint) -> str:
