@@ -111,9 +111,10 @@ class GatedMLP(MLP):
         recompute_activation: bool = False,
         pg_collection: Any = None,
         tp_group: Any = None,
+        is_mtp_layer: bool = False,
         **more: Any,
     ) -> None:
-        # Newer versions of Megatron hand groups over in one way to its own MLP, and in another to others.
+        # megatron-core 0.19 translates what a layer hands over for its own MLP only.
         group = tp_group if pg_collection is None else pg_collection.tp
         super().__init__(*arguments, tp_group=group, **more)
         self.recompute_activation = recompute_activation
