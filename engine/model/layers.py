@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -123,12 +122,18 @@ class GatedMLP(MLP):
         """[T, 1, H] -> [T, 1, H] and no bias."""
         both, _ = self.linear_fc1(hidden_states)
         if not self.recompute_activation or not self.training:
-            output: tuple[Tensor, Tensor | None] = self.linear_fc2(swiglu(both))
-            return output
-        checkpoint = CheckpointWithoutOutput()
-        out, bias = self.linear_fc2(checkpoint.checkpoint(swiglu, both))
-        checkpoint.discard_output_and_register_recompute(out)
-        return out, bias
+            return self.linear_fc2(swiglu(both))
+        active = swiglu(both)
+        address, source = active.untyped_storage().data_ptr(), both.detach()
+
+        def drop(saved: Tensor) -> Any:
+            return saved.shape if saved.untyped_storage().data_ptr() == address else saved
+
+        def restore(kept: Any) -> Tensor:
+            return kept if isinstance(kept, Tensor) else swiglu(source).view(kept)
+
+        with torch.autograd.graph.saved_tensors_hooks(drop, restore):
+            return self.linear_fc2(active)
 
 
 class RotaryTable(torch.nn.Module):
