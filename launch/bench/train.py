@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One measured step, the same on every rank but for seconds."""
+    """One step; all but `seconds` and `batch` are the same on every rank."""
 
     seconds: float
     """From asking for the micro-batches to the sum of losses over all ranks."""
