@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.runtime.kernels import can_compile
+
 # Rows of queries that get a mask at once, where a segment sees more keys than it has queries.
 _MASK_ROWS = 1024
 
@@ -33,6 +35,10 @@ class Segments:
     key_index: Tensor | None
     """int64 [sum of k_lengths] on the device: the keys of all segments one after another; None where that is
     every key once.
+    """
+    tiles: tuple[Tensor, Tensor] | None = None
+    """Of queries and of keys, on the device, as engine.model.triton_attention lists them; None where kernels
+    are not compiled.
     """
 
     @classmethod
@@ -68,6 +74,12 @@ class Segments:
         if not plain:
             ranges = [torch.arange(start, start + n) for start, n in zip(k_starts, k_lengths, strict=True)]
             index = torch.cat(ranges).to(device, non_blocking=True)
+        tiles = None
+        if device.type == "cuda" and can_compile():
+            from engine.model import triton_attention
+
+            of_queries, of_keys = map(torch.from_numpy, triton_attention.tiles(q_lengths, k_lengths))
+            tiles = (of_queries.to(device, non_blocking=True), of_keys.to(device, non_blocking=True))
         return cls(
             q_lengths=q_lengths,
             k_starts=k_starts,
@@ -75,6 +87,7 @@ class Segments:
             cu_q=boundaries(q_lengths),
             cu_k=boundaries(k_lengths),
             key_index=index,
+            tiles=tiles,
         )
 
 
@@ -93,7 +106,7 @@ def own_chunks(lengths: Sequence[int], rank: int, size: int) -> Iterator[tuple[i
 def attend(query_TND: Tensor, key_KGD: Tensor, value_KGD: Tensor, segments: Segments, scale: float) -> Tensor:
     """[T, N, D] queries and [K, G, D] keys and values -> [T, N, D].
 
-    Kernels for packed sequences where torch has them (half precision on CUDA); elsewhere
+    Kernels for packed sequences in half precision on CUDA; elsewhere
     scaled_dot_product_attention, segment by segment.
     """
     if _has_packed_kernel(query_TND):
@@ -168,8 +181,36 @@ def _has_packed_kernel(query: Tensor) -> bool:
     )
 
 
+class _Tiled(torch.autograd.Function):
+    """Braid's kernels for packed sequences."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float
+    ) -> Tensor:
+        from engine.model import triton_attention
+
+        assert segments.tiles is not None
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        out, normalizers = triton_attention.forward(q, k, v, segments.tiles[0], scale)
+        ctx.save_for_backward(q, k, v, out, normalizers)
+        ctx.tiles, ctx.scale = segments.tiles, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        from engine.model import triton_attention
+
+        q, k, v, out, normalizers = ctx.saved_tensors
+        of_queries, of_keys = ctx.tiles
+        grads = triton_attention.backward(
+            grad_outputs[0].contiguous(), q, k, v, out, normalizers, of_queries, of_keys, ctx.scale
+        )
+        return *grads, None, None
+
+
 class _Packed(torch.autograd.Function):
-    """torch's FlashAttention for packed sequences.
+    """torch's FlashAttention for packed sequences, where Braid's kernels cannot be compiled.
 
     torch.nn.attention.varlen calls the same operators, but knows no grouped queries in torch 2.11. cuDNN's
     operator for packed sequences was tried there too: it takes 40 ms a call, and its gradients are wrong.
@@ -208,5 +249,6 @@ class _Packed(torch.autograd.Function):
 def _attend_packed(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
     if segments.key_index is not None:
         k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
-    out: Tensor = _Packed.apply(q, k, v, segments, scale)
+    kernel = _Tiled if segments.tiles is not None and q.shape[-1] in (64, 128) else _Packed
+    out: Tensor = kernel.apply(q, k, v, segments, scale)
     return out
