@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +17,8 @@ from engine.runtime.kernels import can_compile
 
 # Rows of queries that get a mask at once, where a segment sees more keys than it has queries.
 _MASK_ROWS = 1024
+# Rows of a tile of Braid's own kernels.
+TILE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +40,7 @@ class Segments:
     every key once.
     """
     tiles: tuple[Tensor, Tensor] | None = None
-    """Of queries and of keys, on the device, as engine.model.triton_attention lists them; None where kernels
-    are not compiled.
-    """
+    """Of queries and of keys, from `list_tiles`, on the device; None where kernels are not compiled."""
 
     @classmethod
     def documents(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
@@ -76,9 +77,7 @@ class Segments:
             index = torch.cat(ranges).to(device, non_blocking=True)
         tiles = None
         if device.type == "cuda" and can_compile():
-            from engine.model import triton_attention
-
-            of_queries, of_keys = map(torch.from_numpy, triton_attention.tiles(q_lengths, k_lengths))
+            of_queries, of_keys = map(torch.from_numpy, list_tiles(q_lengths, k_lengths))
             tiles = (of_queries.to(device, non_blocking=True), of_keys.to(device, non_blocking=True))
         return cls(
             q_lengths=q_lengths,
@@ -89,6 +88,33 @@ class Segments:
             key_index=index,
             tiles=tiles,
         )
+
+
+def list_tiles(q_lengths: Sequence[int], k_lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles of queries and of keys, at most TILE rows each, int32 [tiles, 5]. Those with most work come
+    first, so that the last ones to run are short.
+
+    Segment s has q_lengths[s] queries, which are the last of the positions of its k_lengths[s] keys; segments
+    stand one after another. A tile of queries: first row, rows, first key of its segment, position of its
+    first query among those keys, keys that its last one sees. A tile of keys: first row, rows, first query
+    that sees it, queries from there on, and how far that query's position lies behind the tile's first key.
+    """
+    q_starts, k_starts = (np.cumsum([0, *lengths[:-1]]) for lengths in (q_lengths, k_lengths))
+    of_queries, of_keys = [], []
+    for q_start, q_count, k_start, k_count in zip(q_starts, q_lengths, k_starts, k_lengths, strict=True):
+        shift = k_count - q_count
+        for first in range(0, q_count, TILE):
+            rows = min(TILE, q_count - first)
+            of_queries.append((q_start + first, rows, k_start, shift + first, shift + first + rows))
+        for first in range(0, k_count, TILE):
+            seen_from = max(0, first - shift)
+            rows = min(TILE, k_count - first)
+            of_keys.append(
+                (k_start + first, rows, q_start + seen_from, q_count - seen_from, seen_from + shift - first)
+            )
+    queries = np.array(of_queries, dtype=np.int32).reshape(-1, 5)
+    keys = np.array(of_keys, dtype=np.int32).reshape(-1, 5)
+    return queries[np.argsort(-queries[:, 4], kind="stable")], keys[np.argsort(-keys[:, 3], kind="stable")]
 
 
 def own_chunks(lengths: Sequence[int], rank: int, size: int) -> Iterator[tuple[int, int, int]]:

@@ -1,53 +1,26 @@
 """Causal attention over packed documents in Triton, forward and backward; import only where kernels can be
 compiled.
 
-The tiles of all documents are listed on the host, those with most work first, so that the last ones to run
-are short. Queries of a head share their group's keys. Nothing is added up by atomics: results do not depend
-on timing. After Dao (2023), FlashAttention-2.
+A program works on a tile that engine.model.attention.list_tiles lists. Queries of a head share their group's
+keys. Nothing is added up by atomics: results do not depend on timing. After Dao (2023), FlashAttention-2.
 
 Suffixes: T queries, K keys, N query heads, G key/value heads, D head dimension.
 """
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows of a tile, rows of the blocks that pass by, warps of a program, blocks that are loaded ahead: the
-# fastest of a handful on an H200, 1.2 times as fast as FlashAttention 2 there, both passes together.
-_FORWARD = {"TILE": 64, "STEP": 64, "num_warps": 4, "num_stages": 3}
+from engine.model.attention import TILE
+
+# Rows of a tile (one list serves the forward pass and the gradients of queries), rows of the blocks that pass
+# by, warps of a program, blocks that are loaded ahead: the fastest of a handful on an H200, 1.2 times as fast
+# as FlashAttention 2 there, both passes together.
+_FORWARD = {"TILE": TILE, "STEP": 64, "num_warps": 4, "num_stages": 3}
 _QUERY_GRADIENTS = {**_FORWARD, "num_stages": 2}  # the same tiles
-_KEY_GRADIENTS = {"TILE": 64, "STEP": 64, "num_warps": 4, "num_stages": 2}
+_KEY_GRADIENTS = {"TILE": TILE, "STEP": 64, "num_warps": 4, "num_stages": 2}
 _LOG2_E = 1.4426950408889634
-
-
-def tiles(q_lengths: Sequence[int], k_lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Tiles of queries and of keys, int32 [tiles, 5] each.
-
-    Segment s has q_lengths[s] queries, which are the last of the positions of its k_lengths[s] keys; segments
-    stand one after another. A tile of queries: first row, rows, first key of its segment, position of its
-    first query among those keys, keys that its last one sees. A tile of keys: first row, rows, first query
-    that sees it, queries from there on, and how far that query's position lies behind the tile's first key.
-    """
-    q_starts, k_starts = (np.cumsum([0, *lengths[:-1]]) for lengths in (q_lengths, k_lengths))
-    of_queries, of_keys = [], []
-    for q_start, q_count, k_start, k_count in zip(q_starts, q_lengths, k_starts, k_lengths, strict=True):
-        shift = k_count - q_count
-        for first in range(0, q_count, _FORWARD["TILE"]):
-            rows = min(_FORWARD["TILE"], q_count - first)
-            of_queries.append((q_start + first, rows, k_start, shift + first, shift + first + rows))
-        for first in range(0, k_count, _KEY_GRADIENTS["TILE"]):
-            seen_from = max(0, first - shift)
-            rows = min(_KEY_GRADIENTS["TILE"], k_count - first)
-            of_keys.append(
-                (k_start + first, rows, q_start + seen_from, q_count - seen_from, seen_from + shift - first)
-            )
-    queries = np.array(of_queries, dtype=np.int32).reshape(-1, 5)
-    keys = np.array(of_keys, dtype=np.int32).reshape(-1, 5)
-    return queries[np.argsort(-queries[:, 4], kind="stable")], keys[np.argsort(-keys[:, 3], kind="stable")]
 
 
 @triton.jit
@@ -86,7 +59,7 @@ def _forward_range(
     return out, total, highest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _forward(
     query, key, value, out, normalizers, table, q_token, q_head, k_token, k_head, v_token, v_head, scale, T,
     N, GROUP: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
@@ -120,7 +93,7 @@ def _forward(
     tl.store(normalizers + head * T + row + line, highest + tl.log2(total), mask=line < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _products(grad, out, sums, T, N, D: tl.constexpr, TILE: tl.constexpr):
     """sums [N, T] = sum over D of grad * out."""
     row, head = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE), tl.program_id(1)
@@ -152,7 +125,7 @@ def _query_range(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _query_gradients(
     query, key, value, grad, normalizers, products, out, table,
     q_token, q_head, k_token, k_head, v_token, v_head, scale, factor, T, N,
@@ -208,7 +181,7 @@ def _key_range(
     return of_keys, of_values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _key_gradients(
     query, key, value, grad, normalizers, products, key_out, value_out, table,
     q_token, q_head, k_token, k_head, v_token, v_head, scale, factor, T, N,
