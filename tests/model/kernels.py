@@ -1,0 +1,216 @@
+"""What the Triton kernels must compute, checked against the formulas in fp64: on a GPU, or by Triton's
+interpreter on a CPU (`TRITON_INTERPRET=1 python -m tests.model.kernels`).
+
+Kernels are called as they are, without what chooses between them and plain torch.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+# Relative norm of the error: results are rounded once, to 8 bits in bf16.
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+EPSILON = 1e-6
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """Norm of the difference over the norm of what is wanted."""
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
+
+
+def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """`found` has the shape of `wanted` and `dtype`, and differs by no more than that explains."""
+    assert found.shape == wanted.shape
+    assert found.dtype == dtype
+    error = relative(found, wanted)
+    assert error <= BOUNDS[dtype], f"relative error {error:.2e} in {dtype}"
+
+
+def numbers(*shape: int, like: Tensor, scale: float = 1.0, seed: int = 0) -> Tensor:
+    """Normal numbers with the dtype and the device of `like`."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    made = torch.randn(*shape, generator=generator, device=like.device, dtype=torch.float32)
+    return (made * scale).to(like.dtype)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotary embedding in fp64, by its definition: pair (i, i + D/2) as a complex number."""
+    first, second = x.double().chunk(2, dim=-1)
+    (c, _), (s, _) = (table.double().chunk(2, dim=-1) for table in (cos, sin))
+    return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+
+
+def tables(tokens: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 1, D] of positions that begin again in the middle."""
+    positions = torch.arange(tokens, device=like.device) % max(tokens // 2, 1)
+    frequencies = 10000.0 ** -(torch.arange(0, dim, 2, device=like.device).float() / dim)
+    angles = (positions[:, None] * frequencies[None]).repeat(1, 2)[:, None]
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def check_norm(like: Tensor, shape: Sequence[int]) -> None:
+    """Values and both gradients; without the weight's where nobody wants it."""
+    import engine.model.triton_kernels as kernels
+
+    x, grad = numbers(*shape, like=like, scale=3.0), numbers(*shape, like=like, seed=1)
+    weight = 1 + numbers(shape[-1], like=like, scale=0.3, seed=2)
+    wide = [tensor.double().requires_grad_() for tensor in (x, weight)]
+    scales = (wide[0].square().mean(-1, keepdim=True) + EPSILON).rsqrt()
+    wanted = wide[0] * scales * wide[1]
+    of_x, of_weight = torch.autograd.grad(wanted, wide, grad.double())
+
+    out, kept = kernels.norm_forward(x, weight, EPSILON)
+    assert_close(out, wanted, like.dtype)
+    assert_close(kept, scales.flatten(), torch.float32)
+    found_x, found_weight = kernels.norm_backward(grad, x, weight, kept, wants_weight=True)
+    assert found_weight is not None
+    assert_close(found_x, of_x, like.dtype)
+    assert_close(found_weight, of_weight, like.dtype)
+    frozen_x, nothing = kernels.norm_backward(grad, x, weight, kept, wants_weight=False)
+    assert nothing is None
+    assert torch.equal(frozen_x, found_x)
+
+
+def check_swiglu(like: Tensor, shape: Sequence[int]) -> None:
+    """`shape` is that of the result."""
+    import engine.model.triton_kernels as kernels
+
+    x = numbers(*shape[:-1], 2 * shape[-1], like=like, scale=2.0)
+    grad = numbers(*shape, like=like, seed=1)
+    wide = x.double().requires_grad_()
+    gate, up = wide.chunk(2, dim=-1)
+    wanted = gate / (1 + (-gate).exp()) * up
+    (of_x,) = torch.autograd.grad(wanted, wide, grad.double())
+    assert_close(kernels.swiglu_forward(x), wanted, like.dtype)
+    assert_close(kernels.swiglu_backward(grad, x), of_x, like.dtype)
+
+
+def check_rotary(like: Tensor, tokens: int, heads: int, groups: int, dim: int) -> None:
+    """Queries and keys as they lie in the product of a fused linear: by group its queries, a key, a value."""
+    import engine.model.triton_kernels as kernels
+
+    share = heads // groups
+    fused = numbers(tokens, groups, (share + 2) * dim, like=like)
+    query = fused[:, 0, : share * dim].view(tokens, share, dim)
+    key = fused[..., share * dim : (share + 1) * dim]
+    if groups > 1:  # all queries as Megatron hands them on, and one head too many beside them
+        query = numbers(tokens, heads + 1, dim, like=like, seed=1)[:, :heads]
+    assert tokens < 2 or not key.is_contiguous()
+    cos, sin = tables(tokens, dim, like)
+    for backward in (False, True):
+        found = kernels.rotary(query, key, cos, sin, backward=backward)
+        for x, out in zip((query, key), found, strict=True):
+            assert out.is_contiguous()
+            assert_close(out, rotated(x, cos, -sin if backward else sin), like.dtype)
+
+
+def places(rows: int, width: int, device: torch.device) -> Tensor:
+    """Labels within the columns, on their borders, and on other ranks on either side."""
+    found = torch.randint(0, width, (rows,), generator=torch.Generator().manual_seed(rows))
+    special = torch.tensor([0, width - 1, -1, width, -(2**33), 2**33])[:rows]
+    found[: len(special)] = special
+    return found.to(device)
+
+
+def check_logits(like: Tensor, rows: int, width: int) -> None:
+    """Statistics, and gradients in place, with softmax sums of a vocabulary that is wider than the block."""
+    import engine.model.triton_kernels as kernels
+
+    logits = numbers(rows, width, like=like, scale=3.0)
+    if rows > 1:
+        logits[1] += 80  # exponentials that would overflow
+    labels = places(rows, width, like.device)
+    inside = (labels >= 0) & (labels < width)
+    wide = logits.double()
+    highest = wide.amax(-1)
+    maxima, sums, picked = kernels.logit_statistics(logits, labels)
+    assert_close(maxima, highest, torch.float32)
+    assert_close(sums, (wide - highest[:, None]).exp().sum(-1), torch.float32)
+    own = wide.gather(-1, labels.clamp(0, width - 1)[:, None])[:, 0]
+    assert_close(picked, torch.where(inside, own, 0.0), torch.float32)
+    assert not picked[~inside].any()
+
+    normalizer = wide.logsumexp(-1) + 1.0  # other ranks' columns have their share of the sum
+    factor = torch.tensor(256.0, device=like.device)
+    one_hot = torch.zeros_like(wide)
+    one_hot[torch.arange(rows, device=like.device)[inside], labels[inside]] = 1
+    wanted = ((wide - normalizer[:, None]).exp() - one_hot) * 256
+    kernels.logit_gradients(logits, labels, normalizer.float(), factor)
+    assert_close(logits, wanted, like.dtype)
+
+
+def check_empty(like: Tensor) -> None:
+    """A rank may have no token, and a micro-batch no target."""
+    import engine.model.triton_kernels as kernels
+
+    def nothing(*shape: int) -> Tensor:
+        return numbers(*shape, like=like)
+
+    weight, labels = nothing(48), torch.zeros(0, dtype=torch.int64, device=like.device)
+    out, scales = kernels.norm_forward(nothing(0, 1, 48), weight, EPSILON)
+    assert out.shape == (0, 1, 48)
+    found, of_weight = kernels.norm_backward(out, out, weight, scales, wants_weight=True)
+    assert found.shape == out.shape
+    assert of_weight is not None
+    assert torch.equal(of_weight, torch.zeros_like(weight))
+    assert kernels.swiglu_forward(nothing(0, 20)).shape == (0, 10)
+    assert kernels.swiglu_backward(nothing(0, 10), nothing(0, 20)).shape == (0, 20)
+    query, key = nothing(0, 4, 16), nothing(0, 2, 16)
+    turned = kernels.rotary(query, key, *tables(0, 16, like), backward=False)
+    assert [x.shape for x in turned] == [query.shape, key.shape]
+    assert [x.shape for x in kernels.logit_statistics(nothing(0, 9), labels)] == [(0,)] * 3
+    kernels.logit_gradients(nothing(0, 9), labels, scales, torch.ones((), device=like.device))
+
+
+Check = Callable[[Tensor], None]
+
+# Sizes that are no multiple of any block, and more rows than one program takes.
+SMALL: Mapping[str, Check] = {
+    "norm, one row": lambda like: check_norm(like, (1, 16)),
+    "norm, odd width": lambda like: check_norm(like, (5, 1, 100)),
+    "norm of heads": lambda like: check_norm(like, (7, 3, 16)),
+    "norm, several blocks of rows": lambda like: check_norm(like, (301, 24)),
+    "norm wider than a block": lambda like: check_norm(like, (3, 5000)),
+    "swiglu": lambda like: check_swiglu(like, (6, 1, 1030)),
+    "swiglu, narrow": lambda like: check_swiglu(like, (3, 7)),
+    "rotary, one group": lambda like: check_rotary(like, 9, 4, 1, 16),
+    "rotary, heads no power of 2": lambda like: check_rotary(like, 5, 28, 4, 8),
+    "logits, narrow": lambda like: check_logits(like, 7, 130),
+    "logits, several blocks": lambda like: check_logits(like, 8, 9001),
+    "empty": check_empty,
+}
+
+# Shapes of published models (hidden 3584 and F 18944 are Qwen2.5-7B's), for a GPU.
+LARGE: Mapping[str, Check] = {
+    "norm, hidden 3584": lambda like: check_norm(like, (4099, 1, 3584)),
+    "norm, hidden 5120": lambda like: check_norm(like, (1000, 1, 5120)),
+    "norm of heads, 128": lambda like: check_norm(like, (2049, 40, 128)),
+    "swiglu, F 18944": lambda like: check_swiglu(like, (2051, 1, 18944)),
+    "rotary, 28 / 4 heads of 128": lambda like: check_rotary(like, 4099, 28, 4, 128),
+    "rotary, 40 / 8 heads of 128": lambda like: check_rotary(like, 4099, 40, 8, 128),
+    "rotary, 28 / 4 heads of 64": lambda like: check_rotary(like, 4099, 28, 4, 64),
+    "rotary, 40 / 8 heads of 64": lambda like: check_rotary(like, 4099, 40, 8, 64),
+    "logits of 152064": lambda like: check_logits(like, 517, 152064),
+    "logits of 151665": lambda like: check_logits(like, 33, 151665),
+}
+
+
+def main() -> int:
+    """Every small check in both dtypes; a line for each that fails, and how many were made."""
+    failures = 0
+    for dtype in BOUNDS:
+        for name, check in SMALL.items():
+            try:
+                check(torch.zeros((), dtype=dtype))
+            except Exception as error:
+                failures += 1
+                print(f"{name}, {dtype}: {error!r}")
+    print(f"{len(BOUNDS) * len(SMALL) - failures} checks passed")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
