@@ -3,9 +3,11 @@
 Shape suffixes: T tokens of a rank, K keys, N query heads of this rank, G key/value heads, D head dimension.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -129,14 +131,36 @@ def own_chunks(lengths: Sequence[int], rank: int, size: int) -> Iterator[tuple[i
         start += length
 
 
+@cache
+def packed_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Which kernel for packed sequences attention takes: FlashAttention 4 where the package flash-attn-4 is
+    installed and the card is a Hopper or Blackwell, Braid's in Triton, or torch's FlashAttention 2; None
+    where there is none.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if head_dim % 8 or head_dim > 256:
+        return None
+    if torch.cuda.get_device_capability(device)[0] in (9, 10) and head_dim in (64, 128):
+        with contextlib.suppress(ImportError):
+            import flash_attn.cute
+
+            assert flash_attn.cute
+            return "FlashAttention 4"
+    return "Triton" if can_compile() and head_dim in (64, 128) else "FlashAttention 2"
+
+
 def attend(query_TND: Tensor, key_KGD: Tensor, value_KGD: Tensor, segments: Segments, scale: float) -> Tensor:
     """[T, N, D] queries and [K, G, D] keys and values -> [T, N, D].
 
-    Kernels for packed sequences in half precision on CUDA; elsewhere
-    scaled_dot_product_attention, segment by segment.
+    Kernels for packed sequences where `packed_kernel` names one; elsewhere scaled_dot_product_attention,
+    segment by segment.
     """
-    if _has_packed_kernel(query_TND):
-        return _attend_packed(query_TND, key_KGD, value_KGD, segments, scale)
+    kernel = packed_kernel(query_TND.device, query_TND.dtype, query_TND.shape[-1])
+    if kernel is not None:
+        from engine.model.packed_attention import attend_packed
+
+        return attend_packed(kernel, query_TND, key_KGD, value_KGD, segments, scale)
     lengths = segments.q_lengths
     if segments.key_index is None and len(set(lengths)) == 1:
         return _square(query_TND, key_KGD, value_KGD, len(lengths), scale)
@@ -196,85 +220,3 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out[0].transpose(0, 1)
-
-
-def _has_packed_kernel(query: Tensor) -> bool:
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 256
-    )
-
-
-class _Tiled(torch.autograd.Function):
-    """Braid's kernels for packed sequences."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float
-    ) -> Tensor:
-        from engine.model import triton_attention
-
-        assert segments.tiles is not None
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        out, normalizers = triton_attention.forward(q, k, v, segments.tiles[0], scale)
-        ctx.save_for_backward(q, k, v, out, normalizers)
-        ctx.tiles, ctx.scale = segments.tiles, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        from engine.model import triton_attention
-
-        q, k, v, out, normalizers = ctx.saved_tensors
-        of_queries, of_keys = ctx.tiles
-        grads = triton_attention.backward(
-            grad_outputs[0].contiguous(), q, k, v, out, normalizers, of_queries, of_keys, ctx.scale
-        )
-        return *grads, None, None
-
-
-class _Packed(torch.autograd.Function):
-    """torch's FlashAttention for packed sequences, where Braid's kernels cannot be compiled.
-
-    torch.nn.attention.varlen calls the same operators, but knows no grouped queries in torch 2.11. cuDNN's
-    operator for packed sequences was tried there too: it takes 40 ms a call, and its gradients are wrong.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float
-    ) -> Tensor:
-        inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
-        sizes = (segments.cu_q, segments.cu_k, max(segments.q_lengths), max(segments.k_lengths))
-        out, normalizers, *_ = torch.ops.aten._flash_attention_forward(
-            *inputs, *sizes, 0.0, True, False, scale=scale
-        )
-        ctx.sizes, ctx.scale = sizes, scale
-        ctx.save_for_backward(*inputs, out, normalizers)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # Without dropout the state of the random generator is not read.
-        state = torch.zeros(2, dtype=torch.uint64, device=grad_outputs[0].device)
-        grads = torch.ops.aten._flash_attention_backward(
-            grad_outputs[0].contiguous(),
-            *ctx.saved_tensors,
-            *ctx.sizes,
-            0.0,
-            True,
-            state,
-            state.new_empty(0),
-            scale=ctx.scale,
-        )
-        return *grads, None, None
-
-
-def _attend_packed(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
-    if segments.key_index is not None:
-        k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
-    kernel = _Tiled if segments.tiles is not None and q.shape[-1] in (64, 128) else _Packed
-    out: Tensor = kernel.apply(q, k, v, segments, scale)
-    return out

@@ -47,6 +47,8 @@ class TrainReport:
     trained_parameters: int
     dtype: str
     transformer_impl: str
+    attention: str
+    """What computes it."""
     layout: ParallelLayout
     options: dict[str, Any]
     """All options as resolved."""
@@ -126,6 +128,7 @@ def _results(report: TrainReport) -> Table:
         ("trained parameters", _count(report.trained_parameters)),
         ("layout", report.layout.summary()),
         ("arithmetic", _arithmetic(report)),
+        ("attention", report.attention),
         (
             "step",
             f"{report.tokens_per_step:,.0f} tokens, {report.rows_per_step:,.1f} rows, global batch "
