@@ -99,14 +99,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_x = torch.empty_like(x_SH) if wants_x else None
         grad_weight = None
         factor = torch.ones_like(total) if scale is None else scale.float()
-        for rows in _blocks(len(x_SH), max(columns, 1) * x_SH.element_size(), x_SH.device):
+        # All ranks of the group take the same blocks, also where some have padding.
+        for rows in _blocks(len(x_SH), len(weight_VH) * x_SH.element_size(), x_SH.device):
             x, places = x_SH[rows], places_S[rows]
             logits = x @ weight.T
             losses, normalizer = _losses(logits, places, group)
             total += losses.sum()
             if not wants_x and not wants_weight:
                 continue
-            logits_to_gradients(logits, places, normalizer, factor)
+            if columns:
+                logits_to_gradients(logits, places, normalizer, factor)
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[rows])
             if not wants_weight:
