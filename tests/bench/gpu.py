@@ -117,12 +117,14 @@ def run(
     write(read_rows(cases, asked, settings, root), settings, root)
     for number, case in enumerate(asked, start=1):
         directory, began = root / case.name, time.monotonic()
-        how = "from before"
-        if case.missing() is None and not (directory / RESULT).is_file():
+        how = ""
+        if (directory / RESULT).is_file():
+            how = " (from before)"
+        elif case.missing() is None:
             run_case(case, settings, directory, timeout)
-            how = f"{time.monotonic() - began:.0f} s"
+            how = f" ({time.monotonic() - began:.0f} s)"
         row = read_row(case, settings, root)
-        print(f"[{number}/{len(asked)}] {case.name}: {outcome(row)} ({how})", flush=True)
+        print(f"[{number}/{len(asked)}] {case.name}: {outcome(row)}{how}", flush=True)
         write(read_rows(cases, asked, settings, root), settings, root)
     rows = read_rows(cases, asked, settings, root)
     table(rows).show()
@@ -157,6 +159,7 @@ def run_case(case: Case, settings: Settings, directory: Path, timeout: float) ->
         _leave(directory, RESULT, record)
     if not (directory / RESULT).is_file():
         reason = failure_reason(complaint, process.returncode)
+        reason = reason.removeprefix("error: ").removeprefix("failed: ")
         _leave(directory, FAILURE, {"reason": reason, "code": process.returncode})
 
 

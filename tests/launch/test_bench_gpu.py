@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from engine.config.bench import TrainBenchConfig
 from engine.config.parse import parse
 from launch.bench.paper import draw_bench
+from launch.bench.report import _arithmetic
 from launch.bench.shapes import spec_of_shape
 from launch.processes import World
 from tests.bench import gpu, gpu_peers
@@ -148,6 +150,23 @@ def test_a_peer_runs_in_a_process_and_leaves_its_record(tmp_path: Path) -> None:
     gpu.run_case(broken, settings, tmp_path / "broken", 120.0)
     (row,) = read_rows([broken], [broken], settings, tmp_path)
     assert row.reason == "failed: ValueError: per_device_train_batch_size must divide global_batch_size"
+
+
+def test_a_case_that_braid_refuses_has_its_reason(tmp_path: Path) -> None:
+    flags = ("--transformer_impl", "te", "--device", "cpu")
+    case = Case(name="refused", shape="tiny", flags=flags, micro_batch=1, max_length=64)
+    gpu.run_case(case, SETTINGS, tmp_path / "refused", 120.0)
+    (row,) = read_rows([case], [case], SETTINGS, tmp_path)
+    assert str(row.reason).startswith("failed: transformer_impl te: Transformer Engine needs CUDA")
+
+
+def test_results_in_fp8_name_their_recipe() -> None:
+    report: Any = SimpleNamespace(dtype="bfloat16", transformer_impl="te", options={"fp8_recipe": "delayed"})
+    assert _arithmetic(report) == (
+        "bfloat16, layers of te, their linears in fp8 (delayed); MFU is against the bf16 peak"
+    )
+    report.options = {"fp8_recipe": None}
+    assert _arithmetic(report) == "bfloat16, layers of te"
 
 
 def test_without_cuda_nothing_runs(
