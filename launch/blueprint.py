@@ -11,6 +11,7 @@ from engine.config.batch import BatchShape, resolve_batch_shape
 from engine.config.options import LoraOptions, MoeOptions, SftConfig
 from engine.config.parallel import ParallelLayout
 from engine.config.parse import flatten
+from engine.config.recompute import check_recompute
 from engine.errors import CheckpointError, ConfigError, OutputError
 from engine.model.lora_spec import LoraSpec, lora_from_options, read_lora_config
 from engine.model.spec import ModelSpec, load_model_spec
@@ -191,7 +192,9 @@ def _refuse_unbuilt(config: SftConfig) -> None:
 
 
 def check_ranges(config: SftConfig) -> None:
-    """Raise ConfigError for a number that is out of range whatever the model is."""
+    """Raise ConfigError for a number that is out of range, or options that contradict each other, whatever
+    the model is.
+    """
     values = flatten(config)
     if values["max_steps"] is not None and values["max_steps"] < 0:
         raise ConfigError(f"max_steps must not be negative, not {values['max_steps']}")
@@ -213,6 +216,10 @@ def check_ranges(config: SftConfig) -> None:
         if not 0 <= values[name] < 1:
             raise ConfigError(f"{name} must be in [0, 1), not {values[name]}")
     _check_stored_moments(config)
+    options = config.model
+    on_gpu_with_te = options.transformer_impl != "torch" and options.device != "cpu"
+    may_have_te = on_gpu_with_te and find_spec("transformer_engine") is not None
+    check_recompute(config.recompute, has_te=may_have_te, fp8_recipe=options.fp8_recipe)
     if not 0 <= values["warmup_ratio"] <= 1:
         raise ConfigError(f"warmup_ratio must be in [0, 1], not {values['warmup_ratio']}")
     if not 0 <= values["seed"] < 2**32:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.config.options import MoeOptions, RecomputeOptions
 from engine.config.parallel import ParallelLayout
-from engine.errors import ConfigError
+from engine.config.recompute import MLP_ACTIVATION, check_recompute
 from engine.model.attention import packed_kernel
 from engine.model.experts import ExpertLayer, GroupedExperts, MixtureOfExperts, SharedExpert
 from engine.model.gpt import BraidGPTModel
@@ -29,10 +29,6 @@ _CANONICAL_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-
-_MLP_ACTIVATION = "mlp_act"
-# Megatron's, and Braid's of dense layers.
-RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "shared_experts", _MLP_ACTIVATION)
 
 
 def canonical_norms(*, experts: bool) -> dict[str, str]:
@@ -86,7 +82,7 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "persist_layer_norm": platform.use_te,
-        **_recompute(recompute),
+        **_recompute(recompute, platform),
         "distribute_saved_activations": False,
         **_fp8(platform),
         **(_experts(spec, layout, platform, moe or MoeOptions()) if spec.moe is not None else {}),
@@ -145,25 +141,15 @@ def _keep(weight: Tensor) -> Tensor:
     return weight
 
 
-def _recompute(options: RecomputeOptions) -> dict[str, Any]:
+def _recompute(options: RecomputeOptions, platform: Platform) -> dict[str, Any]:
     """Megatron's recompute settings from transformers' switch and Megatron's own flags."""
+    check_recompute(options, has_te=platform.use_te, fp8_recipe=platform.fp8_recipe)
     granularity = options.recompute_granularity or ("full" if options.gradient_checkpointing else None)
-    if granularity != "selective" and options.recompute_modules:
-        raise ConfigError("recompute_modules needs recompute_granularity selective")
     if granularity != "full":
-        if options.recompute_method or options.recompute_num_layers:
-            raise ConfigError("recompute_method and recompute_num_layers need recompute_granularity full")
-        for name in options.recompute_modules:
-            if name not in RECOMPUTE_MODULES:
-                raise ConfigError(
-                    f"recompute_modules {name!r} is not known; choose from {', '.join(RECOMPUTE_MODULES)}"
-                )
-        modules = [name for name in options.recompute_modules if name != _MLP_ACTIVATION]
+        modules = [name for name in options.recompute_modules if name != MLP_ACTIVATION]
         if options.recompute_modules and not modules:
             return {"recompute_granularity": None}
         return {"recompute_granularity": granularity, "recompute_modules": modules or None}
-    if options.recompute_num_layers is not None and options.recompute_num_layers < 1:
-        raise ConfigError(f"recompute_num_layers must be at least 1, not {options.recompute_num_layers}")
     return {
         "recompute_granularity": granularity,
         "recompute_method": options.recompute_method or "uniform",
@@ -197,7 +183,7 @@ def block_spec(
 
 def layer_parts(platform: Platform, recompute: RecomputeOptions, *, lora: bool) -> LayerParts:
     """What layers are made of on a platform; LoRA reads what norms return."""
-    recompute_activation = _MLP_ACTIVATION in recompute.recompute_modules
+    recompute_activation = MLP_ACTIVATION in recompute.recompute_modules
     if platform.use_te:
         from engine.model.te_layers import te_parts
 

@@ -253,6 +253,15 @@ def test_rows_that_are_all_too_long(place: Place) -> None:
         ("--weight_decay -0.1", "weight_decay must not be negative"),
         ("--adam_beta2 1", "adam_beta2 must be in [0, 1), not 1.0"),
         ("--adam_epsilon 0", "adam_epsilon must be positive"),
+        (
+            "--exp_avg_sq_dtype bfloat16 --adam_beta2 0.999",
+            "exp_avg_sq_dtype bfloat16 with adam_beta2 0.999 would never forget a gradient",
+        ),
+        (
+            "--exp_avg_dtype bfloat16 --use_distributed_optimizer false",
+            "exp_avg_dtype and exp_avg_sq_dtype bfloat16 need use_distributed_optimizer",
+        ),
+        ("--exp_avg_dtype float16", "exp_avg_dtype must be one of float32, bfloat16"),
         ("--warmup_ratio 2", "warmup_ratio must be in [0, 1], not 2.0"),
         ("--max_steps -1", "max_steps must not be negative, not -1"),
         ("--num_train_epochs 0", "num_train_epochs must be positive"),

@@ -59,6 +59,10 @@ def test_layout_equals_transformers(workers: WorkerPool, models, reference, name
     assert_parity(results, expected, directory)
 
 
+def again(*modules: str) -> RecomputeOptions:
+    return RecomputeOptions(recompute_granularity="selective", recompute_modules=list(modules))
+
+
 @pytest.mark.parametrize("name", MOE_MODELS)
 @pytest.mark.parametrize(
     ("layout", "changes"),
@@ -73,6 +77,8 @@ def test_layout_equals_transformers(workers: WorkerPool, models, reference, name
         ),
         ("EP2xPP2", {"recompute": RecomputeOptions(gradient_checkpointing=True)}),
         ("EP2xTP2", {"recompute": RecomputeOptions(recompute_granularity="selective")}),
+        ("EP2xTP2", {"recompute": again("moe", "mlp_act")}),
+        ("EP2xTP2", {"recompute": again("shared_experts", "core_attn")}),
         ("EP2xDP2", {"optimizer": {"use_distributed_optimizer": False}}),
         ("EP2xDP2", {"optimizer": {"overlap_grad_reduce": False}}),
     ],
@@ -81,6 +87,8 @@ def test_layout_equals_transformers(workers: WorkerPool, models, reference, name
         "allgather, ETP",
         "recomputed layers",
         "recomputed attention",
+        "recomputed experts",
+        "recomputed shared experts",
         "unsharded",
         "no overlap",
     ],

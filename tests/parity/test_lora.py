@@ -97,11 +97,21 @@ def test_setting_equals_peft(workers: WorkerPool, bases: Bases, setting: str) ->
     check(workers, bases, "qwen3_head_dim", setting, "TP2xPP2")
 
 
-@pytest.mark.parametrize("granularity", ["full", "selective"])
-def test_recomputation_equals_peft(workers: WorkerPool, bases: Bases, granularity: str) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "recompute"),
+    [
+        ("subset", RecomputeOptions(recompute_granularity="full")),
+        ("subset", RecomputeOptions(recompute_granularity="selective")),
+        # The activation is the input of the frozen linear and of its adapter's A.
+        ("all-linear", RecomputeOptions(recompute_granularity="selective", recompute_modules=["mlp_act"])),
+    ],
+    ids=["layers", "attention", "activations"],
+)
+def test_recomputation_equals_peft(
+    workers: WorkerPool, bases: Bases, adapter: str, recompute: RecomputeOptions
+) -> None:
     """Frozen embeddings ask for no gradient, at which recomputation would lose the first stage's."""
-    recompute = RecomputeOptions(recompute_granularity=granularity)
-    check(workers, bases, "qwen3_head_dim", "subset", "TP2xPP2", recompute=recompute)
+    check(workers, bases, "qwen3_head_dim", adapter, "TP2xPP2", recompute=recompute)
 
 
 @pytest.mark.parametrize("optimizer", [{"use_distributed_optimizer": False}, {"overlap_param_gather": False}])

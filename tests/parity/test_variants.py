@@ -26,6 +26,12 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
         )
     },
     "selective recomputation": {"recompute": RecomputeOptions(recompute_granularity="selective")},
+    **{
+        f"recomputation of {' and '.join(modules)}": {
+            "recompute": RecomputeOptions(recompute_granularity="selective", recompute_modules=modules)
+        }
+        for modules in (["mlp_act"], ["core_attn", "mlp_act"], ["mlp"], ["mlp", "mlp_act"])
+    },
     "optimizer not sharded": {"optimizer": {"use_distributed_optimizer": False}},
     "nothing overlapped": {"optimizer": {"overlap_grad_reduce": False, "overlap_param_gather": False}},
     "uneven split": {"parallel": {"decoder_layers_per_stage": [1, 3]}},

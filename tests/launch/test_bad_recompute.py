@@ -1,0 +1,83 @@
+"""Recomputation and fp8 that the layers of this machine do not have: one line, exit code 2, and not one file
+changed.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config.options import ParallelOptions, RecomputeOptions
+from engine.config.parallel import ParallelLayout
+from engine.config.recompute import RECOMPUTE_MODULES
+from engine.errors import ConfigError
+from engine.model.provider import transformer_config
+from engine.model.spec import load_model_spec
+from engine.runtime.platform import Platform
+from tests.launch.runs import Place, assert_one_line, braid, everything_in
+
+MODULES = ", ".join(RECOMPUTE_MODULES)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--recompute_modules mlp_act", "recompute_modules needs recompute_granularity selective"),
+        (
+            "--recompute_granularity full --recompute_modules mlp_act",
+            "recompute_modules needs recompute_granularity selective",
+        ),
+        (
+            "--recompute_granularity selective --recompute_modules mlp_act attention",
+            f"recompute_modules 'attention' is not known; choose from {MODULES}",
+        ),
+        (
+            "--recompute_granularity selective --recompute_modules layernorm mlp_act",
+            "recompute_modules 'layernorm' needs Transformer Engine; leave it out",
+        ),
+        (
+            "--recompute_granularity selective --recompute_num_layers 2",
+            "recompute_method and recompute_num_layers need recompute_granularity full",
+        ),
+        ("--fp8_recipe fp4", "fp8_recipe must be one of delayed, tensorwise, blockwise"),
+    ],
+)
+def test_refused_before_anything_starts(place: Place, words: str, named: str) -> None:
+    place.refused(place.sft(*words.split()), named)
+    place.refused(place.sft("--dry_run", *words.split()), named)
+
+
+@pytest.mark.parametrize(("words", "named"), [("--device cpu", "on a GPU"), ("--transformer_impl torch", "")])
+def test_fp8_needs_transformer_engine(place: Place, cache: Path, words: str, named: str) -> None:
+    """Said by a rank, which knows its device."""
+    before = everything_in(place.root)
+    run = braid(*place.sft("--fp8_recipe", "delayed", *words.split()), cache=cache)
+    assert run.code == 2, run.stderr
+    assert_one_line(run.stderr, "sft", "fp8_recipe delayed needs Transformer Engine", named)
+    assert run.left_running == ()
+    assert everything_in(place.root) == before
+
+
+def platform(*, use_te: bool, fp8_recipe: str | None = None) -> Platform:
+    return Platform(
+        device=torch.device("cuda", 0),
+        backend="nccl",
+        dtype=torch.bfloat16,
+        use_te=use_te,
+        fp8_recipe=fp8_recipe,
+    )
+
+
+def test_norms_are_computed_again_only_where_megatron_can(tiny_model: Path) -> None:
+    """Its code for them calls Transformer Engine, and does not know delayed scaling."""
+    spec = load_model_spec(tiny_model)
+    layout = ParallelLayout.resolve(ParallelOptions(), num_layers=spec.num_layers, world_size=1)
+    options = RecomputeOptions(recompute_granularity="selective", recompute_modules=["layernorm", "mlp_act"])
+    config = transformer_config(spec, layout, platform(use_te=True), options)
+    assert config.recompute_granularity == "selective"
+    assert config.recompute_modules == ["layernorm"], "Braid's own mlp_act is unknown to Megatron"
+    with pytest.raises(ConfigError, match="'layernorm' needs Transformer Engine"):
+        transformer_config(spec, layout, platform(use_te=False), options)
+    delayed = platform(use_te=True, fp8_recipe="delayed")
+    with pytest.raises(ConfigError, match="'layernorm' does not go with fp8_recipe delayed"):
+        transformer_config(spec, layout, delayed, options)
