@@ -57,10 +57,15 @@ class LossHead(ColumnParallelLinear):
         hidden, group = input_, self.tp_group
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=group)
+        if weight is None:
+            weight = self.weight
+        if not torch.is_grad_enabled():
+            # Evaluation: the function would compute gradients, which are there before any backward pass.
+            hidden, weight = hidden.detach(), weight.detach()
         scale = self.config.grad_scale_func
         return LinearCrossEntropy.apply(
             hidden[:, 0].index_select(0, targets.index),
-            self.weight if weight is None else weight,
+            weight,
             targets.labels,
             columns,
             group if group.size() > 1 else None,

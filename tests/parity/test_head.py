@@ -178,3 +178,35 @@ def test_a_micro_batch_without_targets_gives_zeros(workers: WorkerPool, director
         assert rank.blocks == []
         assert not rank.hidden_grad.any()
         assert not rank.weight_grad.any()
+
+
+def evaluate_head(rank: int, world_size: int, *, model_dir: str) -> tuple[float, float, list[str]]:
+    """Loss in training and in evaluation, and what evaluation called of what makes gradients."""
+    import engine.model.head as head
+
+    _, _, _, models, _ = open_run(rank, world_size, model_dir, degrees(), OptimizerOptions())
+    chunk, called = models[0].module, []
+    targets = head.Targets(index=torch.tensor([0, 3]), labels=torch.tensor([5, 6]))
+    own = hidden_states()
+
+    def loss() -> float:
+        return float(chunk.output_layer(own, targets=targets, columns=chunk.first_padding_column))
+
+    trained = loss()
+    usual = {name: getattr(head, name) for name in ("product", "add_product", "logits_to_gradients")}
+    try:
+        for name in usual:
+            setattr(head, name, lambda *arguments, name=name: called.append(name))
+        with torch.no_grad():
+            evaluated = loss()
+    finally:
+        for name, function in usual.items():
+            setattr(head, name, function)
+    release(models)
+    return trained, evaluated, called
+
+
+def test_evaluation_computes_no_gradients(workers: WorkerPool, directories: dict[int, Path]) -> None:
+    ((trained, evaluated, called),) = workers.run(evaluate_head, 1, model_dir=str(directories[201]))
+    assert evaluated == trained
+    assert called == []
