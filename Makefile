@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench bench-convert bench-checkpoint faults pictures clean
+.PHONY: setup demo test lint bench bench-convert bench-checkpoint bench-gpu faults pictures clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -39,6 +39,12 @@ bench-convert: setup
 # How long a save keeps a step waiting, in the background against at once.
 bench-checkpoint: setup
 	$(RUN)/python -m tests.bench.checkpoint
+
+# Braid on one GPU beside transformers and Liger: docs/performance.md. Goes on where it was cut off; options, such as
+# --cases 'qwen2.5-7b-*', in BENCH_GPU_ARGS. For Transformer Engine: .venv/bin/pip install -e '.[te]'.
+bench-gpu: setup
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	$(RUN)/python -m tests.bench.gpu --output_dir out/bench-gpu --resume $(BENCH_GPU_ARGS)
 
 # 200 faults on runs at TP2 x PP2, each followed by a restart that must end as the unhurt run. Half an hour.
 faults: setup

@@ -17,6 +17,7 @@ commands:
   verify    prove that two checkpoints hold the same model (exit code 0: the same, 1: not)
   inspect   say what a checkpoint is, and whether all of it is there (exit code 0: it is, 1: not)
   bench     measure training, communication, or every layout on random weights: bench train | comm | sweep
+  doctor    say what this machine has for training, and what is missing (exit code 0: nothing, 1: mend it)
 
 braid COMMAND --help lists a command's flags. NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT
 start several processes; under torchrun or Slurm the same command is the worker."""
@@ -68,7 +69,13 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from launch.bench.command import bench
 
         return bench
-    raise ConfigError(f"unknown command {name!r}; commands are sft, convert, merge, verify, inspect, bench")
+    if name == "doctor":
+        from launch.doctor import doctor
+
+        return doctor
+    raise ConfigError(
+        f"unknown command {name!r}; commands are sft, convert, merge, verify, inspect, bench, doctor"
+    )
 
 
 def run() -> None:

@@ -9,7 +9,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("braid", "torch", "megatron-core", "transformers", "safetensors", "transformer-engine", "apex")
+_PACKAGES = (
+    "braid",
+    "torch",
+    "megatron-core",
+    "transformers",
+    "safetensors",
+    "transformer-engine",
+    "flash-attn-4",
+    "apex",
+)
 
 
 def versions() -> dict[str, str | None]:

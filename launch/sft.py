@@ -191,7 +191,7 @@ def train(
     `stop` is the request to end.
     """
     from engine.data.stream import StreamLoader
-    from engine.model.provider import build_chunks
+    from engine.model.provider import attention_name, build_chunks
     from engine.training.loop import Trainer
     from engine.training.optimizer import build_optimizer, wrap_data_parallel
     from engine.training.schedule import LearningRate
@@ -200,6 +200,7 @@ def train(
     train_data = training_loader(blueprint, data, dp_rank=groups.dp_rank)
     if groups.rank == 0:
         _announce(blueprint, data, train_data)
+        print(f"attention: {attention_name(platform, spec.head_dim)}")
     chunks = build_chunks(spec, layout, platform, config.recompute, groups, lora, config.moe)
     load_weights(chunks, blueprint, groups)
     models = wrap_data_parallel(chunks, config.optimizer, groups)

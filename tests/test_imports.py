@@ -175,6 +175,7 @@ def test_data_and_mapping_import_without_megatron() -> None:
         "merge --help",
         "verify --help",
         "inspect --help",
+        "doctor --help",
         "bench --help",
         "bench train --help",
         "bench comm --help",

@@ -152,7 +152,8 @@ class SweepBenchConfig(TrainBenchConfig):
         *_NOT_OF_A_BENCHMARK,
         "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
         "expert_model_parallel_size", "per_device_train_batch_size", "gradient_accumulation_steps",
-        "gradient_checkpointing", "recompute_granularity", "decoder_layers_per_stage", "trace",
+        "gradient_checkpointing", "recompute_granularity", "recompute_modules", "decoder_layers_per_stage",
+        "trace",
     )  # fmt: skip
 
     sweep: SweepOptions = field(default_factory=SweepOptions)

@@ -3,17 +3,24 @@
 Shape suffixes: T tokens of a rank, K keys, N query heads of this rank, G key/value heads, D head dimension.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.runtime.kernels import can_compile
+
 # Rows of queries that get a mask at once, where a segment sees more keys than it has queries.
 _MASK_ROWS = 1024
+# Rows of a tile of Braid's own kernels.
+TILE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,8 @@ class Segments:
     """int64 [sum of k_lengths] on the device: the keys of all segments one after another; None where that is
     every key once.
     """
+    tiles: tuple[Tensor, Tensor] | None = None
+    """Of queries and of keys, from `list_tiles`, on the device; None where kernels are not compiled."""
 
     @classmethod
     def documents(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
@@ -68,6 +77,10 @@ class Segments:
         if not plain:
             ranges = [torch.arange(start, start + n) for start, n in zip(k_starts, k_lengths, strict=True)]
             index = torch.cat(ranges).to(device, non_blocking=True)
+        tiles = None
+        if device.type == "cuda" and can_compile():
+            of_queries, of_keys = map(torch.from_numpy, list_tiles(q_lengths, k_lengths))
+            tiles = (of_queries.to(device, non_blocking=True), of_keys.to(device, non_blocking=True))
         return cls(
             q_lengths=q_lengths,
             k_starts=k_starts,
@@ -75,7 +88,35 @@ class Segments:
             cu_q=boundaries(q_lengths),
             cu_k=boundaries(k_lengths),
             key_index=index,
+            tiles=tiles,
         )
+
+
+def list_tiles(q_lengths: Sequence[int], k_lengths: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles of queries and of keys, at most TILE rows each, int32 [tiles, 5]. Those with most work come
+    first, so that the last ones to run are short.
+
+    Segment s has q_lengths[s] queries, which are the last of the positions of its k_lengths[s] keys; segments
+    stand one after another. A tile of queries: first row, rows, first key of its segment, position of its
+    first query among those keys, keys that its last one sees. A tile of keys: first row, rows, first query
+    that sees it, queries from there on, and how far that query's position lies behind the tile's first key.
+    """
+    q_starts, k_starts = (np.cumsum([0, *lengths[:-1]]) for lengths in (q_lengths, k_lengths))
+    of_queries, of_keys = [], []
+    for q_start, q_count, k_start, k_count in zip(q_starts, q_lengths, k_starts, k_lengths, strict=True):
+        shift = k_count - q_count
+        for first in range(0, q_count, TILE):
+            rows = min(TILE, q_count - first)
+            of_queries.append((q_start + first, rows, k_start, shift + first, shift + first + rows))
+        for first in range(0, k_count, TILE):
+            seen_from = max(0, first - shift)
+            rows = min(TILE, k_count - first)
+            of_keys.append(
+                (k_start + first, rows, q_start + seen_from, q_count - seen_from, seen_from + shift - first)
+            )
+    queries = np.array(of_queries, dtype=np.int32).reshape(-1, 5)
+    keys = np.array(of_keys, dtype=np.int32).reshape(-1, 5)
+    return queries[np.argsort(-queries[:, 4], kind="stable")], keys[np.argsort(-keys[:, 3], kind="stable")]
 
 
 def own_chunks(lengths: Sequence[int], rank: int, size: int) -> Iterator[tuple[int, int, int]]:
@@ -90,14 +131,36 @@ def own_chunks(lengths: Sequence[int], rank: int, size: int) -> Iterator[tuple[i
         start += length
 
 
+@cache
+def packed_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Which kernel for packed sequences attention takes: FlashAttention 4 where the package flash-attn-4 is
+    installed and the card is a Hopper or Blackwell, Braid's in Triton, or torch's FlashAttention 2; None
+    where there is none.
+    """
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    if head_dim % 8 or head_dim > 256:
+        return None
+    if torch.cuda.get_device_capability(device)[0] in (9, 10) and head_dim in (64, 128):
+        with contextlib.suppress(ImportError):
+            import flash_attn.cute
+
+            assert flash_attn.cute
+            return "FlashAttention 4"
+    return "Triton" if can_compile() and head_dim in (64, 128) else "FlashAttention 2"
+
+
 def attend(query_TND: Tensor, key_KGD: Tensor, value_KGD: Tensor, segments: Segments, scale: float) -> Tensor:
     """[T, N, D] queries and [K, G, D] keys and values -> [T, N, D].
 
-    Kernels for packed sequences where torch has them (half precision on CUDA); elsewhere
-    scaled_dot_product_attention, segment by segment.
+    Kernels for packed sequences where `packed_kernel` names one; elsewhere scaled_dot_product_attention,
+    segment by segment.
     """
-    if _has_packed_kernel(query_TND):
-        return _attend_packed(query_TND, key_KGD, value_KGD, segments, scale)
+    kernel = packed_kernel(query_TND.device, query_TND.dtype, query_TND.shape[-1])
+    if kernel is not None:
+        from engine.model.packed_attention import attend_packed
+
+        return attend_packed(kernel, query_TND, key_KGD, value_KGD, segments, scale)
     lengths = segments.q_lengths
     if segments.key_index is None and len(set(lengths)) == 1:
         return _square(query_TND, key_KGD, value_KGD, len(lengths), scale)
@@ -157,56 +220,3 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor
         enable_gqa=q.shape[1] != k.shape[1],
     )
     return out[0].transpose(0, 1)
-
-
-def _has_packed_kernel(query: Tensor) -> bool:
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] % 8 == 0
-        and query.shape[-1] <= 256
-    )
-
-
-class _Packed(torch.autograd.Function):
-    """torch's FlashAttention for packed sequences.
-
-    torch.nn.attention.varlen calls the same operators, but knows no grouped queries in torch 2.11. cuDNN's
-    operator for packed sequences was tried there too: it takes 40 ms a call, and its gradients are wrong.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float
-    ) -> Tensor:
-        inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
-        sizes = (segments.cu_q, segments.cu_k, max(segments.q_lengths), max(segments.k_lengths))
-        out, normalizers, *_ = torch.ops.aten._flash_attention_forward(
-            *inputs, *sizes, 0.0, True, False, scale=scale
-        )
-        ctx.sizes, ctx.scale = sizes, scale
-        ctx.save_for_backward(*inputs, out, normalizers)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        # Without dropout the state of the random generator is not read.
-        state = torch.zeros(2, dtype=torch.uint64, device=grad_outputs[0].device)
-        grads = torch.ops.aten._flash_attention_backward(
-            grad_outputs[0].contiguous(),
-            *ctx.saved_tensors,
-            *ctx.sizes,
-            0.0,
-            True,
-            state,
-            state.new_empty(0),
-            scale=ctx.scale,
-        )
-        return *grads, None, None
-
-
-def _attend_packed(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float) -> Tensor:
-    if segments.key_index is not None:
-        k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
-    out: Tensor = _Packed.apply(q, k, v, segments, scale)
-    return out

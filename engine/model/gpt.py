@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.config.options import MoeOptions
 from engine.model.experts import ExpertLayer
-from engine.model.head import LossHead
+from engine.model.head import Embedding, LossHead
 from engine.model.layers import DocumentParams, RotaryTable, Routing
 from engine.model.lora_spec import LoraSpec
 from engine.model.router import Balance, BalanceLoss, Join, Part, Router
@@ -34,9 +34,15 @@ class BraidGPTModel(GPTModel):
         tp_rank, tp_size = self.pg_collection.tp.rank(), self.pg_collection.tp.size()
         rows = self.vocab_size // tp_size
         self.first_padding_column = min(max(spec.vocab_size - tp_rank * rows, 0), rows)
+        # Their construction stays Megatron's; forward pre-hooks, which gather weights, must see their calls.
+        if self.pre_process:
+            self.embedding.word_embeddings.__class__ = Embedding
         if self.post_process:
-            # Its construction stays Megatron's; forward pre-hooks, which gather weights, must see its calls.
             self.output_layer.__class__ = LossHead
+        if self.pre_process and self.post_process and spec.tied_embeddings:
+            weight = self.shared_embedding_or_output_weight()
+            # Megatron would add the embedding's gradient to the buffer itself; both ends do it here.
+            weight.zero_out_wgrad, weight.shared_with_embedding = False, True
         self._sums_before: Tensor | None = None
         self._documents: DocumentParams | None = None
         if spec.moe is not None:

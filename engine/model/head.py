@@ -1,4 +1,4 @@
-"""The LM head and its loss together, without the logits of all tokens.
+"""The two ends of a model: the embedding, and the LM head with its loss, without the logits of all tokens.
 
 Shape suffixes: T tokens of a micro-batch, S supervised ones of them, R rows of a block, H hidden size, V rows
 of this tensor-parallel rank's part of the vocabulary.
@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import ColumnParallelLinear, gather_from_sequence_parallel_region
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
 from torch import Tensor
 
 from engine.model.fused import logit_statistics, logits_to_gradients
@@ -170,7 +177,44 @@ def _hand_over(grad: Tensor, share: Tensor, weight: Tensor, columns: int, *, fus
         return whole
     buffer[:columns].addcmul_(grad, share.to(buffer.dtype))
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    if getattr(weight, "zero_out_wgrad", False):
-        return None  # the embedding's gradient of the same weight comes later, and is added by Megatron
+    if getattr(weight, "shared_with_embedding", False):
+        return None  # the embedding's gradient of the same weight comes later
     # Megatron waits for a gradient to come; this one is not looked at.
     return torch.empty_like(weight)
+
+
+class Embedding(VocabParallelEmbedding):
+    """Megatron's embedding; the gradients of a micro-batch's rows are added to the buffer without a matrix of
+    the whole vocabulary between.
+    """
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """Tokens int64 [1, T] -> [1, T, H], or under sequence parallelism [T / tp, 1, H]."""
+        places = input_ - self.vocab_start_index
+        found = _Rows.apply(self.weight, places.clamp(0, len(self.weight) - 1))
+        if self.tp_group.size() > 1:
+            elsewhere = (places < 0) | (places >= len(self.weight))
+            found = found.masked_fill(elsewhere[..., None], 0.0)
+        if self.reduce_scatter_embeddings:
+            rows = found.transpose(0, 1).contiguous()
+            return reduce_scatter_to_sequence_parallel_region(rows, group=self.tp_group)
+        return reduce_from_tensor_model_parallel_region(found, group=self.tp_group)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.weight = weight
+        return F.embedding(index, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (index,), weight = ctx.saved_tensors, ctx.weight
+        index, grad = index.flatten(), grad_outputs[0].flatten(0, -2)
+        buffer = getattr(weight, "main_grad", None)
+        if buffer is None:
+            return torch.zeros_like(weight).index_add_(0, index, grad), None
+        buffer.index_add_(0, index, grad.to(buffer.dtype))
+        weight.grad_added_to_main_grad = True
+        return torch.empty_like(weight), None

@@ -57,11 +57,12 @@ class LoraLinear(torch.nn.Module):
         """[T, 1, in] -> what the base layer returns: (output, bias or None), the output with the adapters'
         part.
         """
+        x, low = self.down(x)
         out, bias = self.base_layer(x, *arguments)
-        return self.add_to(out, x), bias
+        return self.add_to(out, low), bias
 
-    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        """The base layer's output, which is overwritten, with the adapters' part."""
+    def add_to(self, out: Tensor, low: Tensor) -> Tensor:
+        """The base layer's output, which is overwritten, with the adapters' part; `low` is from `down`."""
         raise NotImplementedError
 
     def add_weight(self, name: str, shape: tuple[int, int], partition: int | None) -> None:
@@ -84,32 +85,45 @@ class LoraLinear(torch.nn.Module):
         weight.sequence_parallel = partition is None and self.tp.size > 1  # type: ignore[attr-defined]
         self.register_parameter(name, weight)
 
-    def down(self, x: Tensor) -> Tensor:
-        """scaling * A x of all adapters in order, beside one another: [..., in] -> [..., sum of R]."""
+    def down(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., in] -> x for the base layer, and scaling * A x of all adapters in order, beside one another,
+        [..., sum of R].
+        """
         weights = [getattr(self, name + A) * shape.scaling for name, shape in self.adapters.items()]
         if self.dropout and self.training:
             # Each adapter drops inputs of its own, as in PEFT.
-            parts = [_Multiply.apply(F.dropout(x, self.dropout), weight) for weight in weights]
-            return torch.cat(parts, dim=-1)
-        low: Tensor = _Multiply.apply(x, torch.cat(weights))
-        return low
+            parts = [_Multiply.apply(F.dropout(x, self.dropout), weight)[1] for weight in weights]
+            return x, torch.cat(parts, dim=-1)
+        kept, low = _Multiply.apply(x, torch.cat(weights))
+        return kept, low
 
 
 class _Multiply(torch.autograd.Function):
-    """x @ weight.T in the dtype of x, for a float32 weight whose gradient is never rounded to that dtype."""
+    """x as it is, and x @ weight.T in the dtype of x, for a float32 weight whose gradient is never rounded to
+    that dtype. The product's part of the gradient of x is added to the other part in the product itself.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         cast = weight.to(x.dtype)
         ctx.save_for_backward(x, cast)
-        return F.linear(x, cast)
+        return x, F.linear(x, cast)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         x, cast = ctx.saved_tensors
-        (grad,) = grad_outputs
-        grad_x = grad @ cast if ctx.needs_input_grad[0] else None
-        return grad_x, product(grad.flatten(0, -2).T, x.flatten(0, -2))
+        grad_x, grad = grad_outputs
+        if grad is None:
+            return grad_x, None
+        low = grad.flatten(0, -2)
+        if ctx.needs_input_grad[0]:
+            if grad_x is None:
+                grad_x = (low @ cast).view(x.shape)
+            else:  # what the base layer's backward pass has just made, and nobody else has
+                grad_x = grad_x.contiguous()
+                grad_x.view(-1, x.shape[-1]).addmm_(low, cast)
+        return grad_x, product(low.T, x.flatten(0, -2))
 
 
 class _AddMultiply(torch.autograd.Function):
@@ -165,8 +179,7 @@ class LoraColumnLinear(LoraLinear):
             self.add_weight(name + A, (shape.rank, in_features), None)
             self.add_weight(name + B, (out_features, shape.rank), 0 if self.whole_groups else None)
 
-    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        low = self.down(x)
+    def add_to(self, out: Tensor, low: Tensor) -> Tensor:
         if self.tp.sequence_parallel:
             low = tensor_parallel.gather_from_sequence_parallel_region(
                 low, tensor_parallel_output_grad=True, group=self.tp.group
@@ -223,8 +236,8 @@ class LoraRowLinear(LoraLinear):
             self.add_weight(name + A, (shape.rank, in_features), 1)
             self.add_weight(name + B, (out_features, shape.rank), None)
 
-    def add_to(self, out: Tensor, x: Tensor) -> Tensor:
-        (name,), low = self.adapters, self.down(x)
+    def add_to(self, out: Tensor, low: Tensor) -> Tensor:
+        (name,) = self.adapters
         if self.tp.sequence_parallel:
             low = tensor_parallel.reduce_scatter_to_sequence_parallel_region(low, group=self.tp.group)
         result: Tensor = _AddMultiply.apply(out, low, getattr(self, name + B))

@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.config.options import MoeOptions, RecomputeOptions
 from engine.config.parallel import ParallelLayout
 from engine.config.recompute import MLP_ACTIVATION, check_recompute
+from engine.model.attention import packed_kernel
 from engine.model.experts import ExpertLayer, GroupedExperts, MixtureOfExperts, SharedExpert
 from engine.model.gpt import BraidGPTModel
 from engine.model.layers import CoreAttention, GatedMLP, LayerParts, RMSNorm
@@ -197,6 +198,14 @@ def layer_parts(platform: Platform, recompute: RecomputeOptions, *, lora: bool) 
         shared_expert=SharedExpert,
         recompute_activation=recompute_activation,
     )
+
+
+def attention_name(platform: Platform, head_dim: int) -> str:
+    """What computes attention on a platform, for people."""
+    if platform.use_te:
+        return "Transformer Engine"
+    kernel = packed_kernel(platform.device, platform.dtype, head_dim)
+    return kernel or "torch's scaled_dot_product_attention"
 
 
 def _layer_spec(config: TransformerConfig, parts: LayerParts, dispatcher: str | None) -> Any:

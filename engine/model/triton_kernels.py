@@ -16,7 +16,7 @@ _NORM_PROGRAMS = 528
 _TILE = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_forward(x, weight, out, scales, rows, eps, H, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -29,7 +29,7 @@ def _norm_forward(x, weight, out, scales, rows, eps, H, ROWS: tl.constexpr, COLU
     tl.store(scales + row, scale, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _norm_backward(
     x, weight, grad, scales, out, sums, rows, H,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WEIGHT: tl.constexpr,

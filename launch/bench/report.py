@@ -47,6 +47,8 @@ class TrainReport:
     trained_parameters: int
     dtype: str
     transformer_impl: str
+    attention: str
+    """What computes it."""
     layout: ParallelLayout
     options: dict[str, Any]
     """All options as resolved."""
@@ -125,7 +127,8 @@ def _results(report: TrainReport) -> Table:
         ("parameters", _count(report.parameters)),
         ("trained parameters", _count(report.trained_parameters)),
         ("layout", report.layout.summary()),
-        ("arithmetic", f"{report.dtype}, layers of {report.transformer_impl}"),
+        ("arithmetic", _arithmetic(report)),
+        ("attention", report.attention),
         (
             "step",
             f"{report.tokens_per_step:,.0f} tokens, {report.rows_per_step:,.1f} rows, global batch "
@@ -143,6 +146,12 @@ def _results(report: TrainReport) -> Table:
     ]
     title = f"{report.model} on {report.layout.world_size} x {report.environment.device}"
     return Table(title=title, columns=("", "value"), rows=rows)
+
+
+def _arithmetic(report: TrainReport) -> str:
+    recipe = report.options.get("fp8_recipe")
+    fp8 = "" if recipe is None else f", their linears in fp8 ({recipe}); MFU is against the bf16 peak"
+    return f"{report.dtype}, layers of {report.transformer_impl}{fp8}"
 
 
 def _count(parameters: int) -> str:

@@ -93,7 +93,7 @@ def run(config: SweepBenchConfig, world: World) -> int:
         root = Path(output_dir or folder)
         print(f"{len(candidates)} cases on {world.size} processes; {len(refused)} combinations do not fit")
         cases: list[Case] = []
-        with _ending_on_sigterm():
+        with ending_on_sigterm():
             for number, candidate in enumerate(candidates, start=1):
                 directory = root / f"case-{number:03d}-{candidate.name}"
                 case = _run_case(config, candidate, world, directory)
@@ -106,7 +106,7 @@ def run(config: SweepBenchConfig, world: World) -> int:
 
 
 @contextlib.contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
+def ending_on_sigterm() -> Iterator[None]:
     """Let SIGTERM unwind the stack, so that the case that runs is ended too."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -210,16 +210,16 @@ def _run_case(config: SweepBenchConfig, candidate: Candidate, world: World, dire
     try:
         _, printed = process.communicate(timeout=config.sweep.case_timeout)
     except subprocess.TimeoutExpired:
-        _end(process)
+        end_process(process)
         return Case(candidate=candidate, reason=f"no result after {config.sweep.case_timeout:g} s")
     except BaseException:
-        _end(process)
+        end_process(process)
         raise
     return read_case(candidate, directory / "bench.json", process.returncode, printed)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """End a case and the ranks that it started."""
+def end_process(process: subprocess.Popen[str]) -> None:
+    """End a case, and the processes that it started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(process.pid)
         launcher.suspend()  # it starts no more
@@ -235,12 +235,12 @@ def read_case(candidate: Candidate, path: Path, code: int, printed: str) -> Case
     if record.get("oom"):
         return Case(candidate=candidate, oom=True, reason=str(record["error"]))
     if code or not record:
-        return Case(candidate=candidate, reason=_reason(printed, code))
+        return Case(candidate=candidate, reason=failure_reason(printed, code))
     numbers = {item.name: record[item.name] for item in fields(Case) if item.name in record}
     return Case(candidate=candidate, **numbers)
 
 
-def _reason(printed: str, code: int) -> str:
+def failure_reason(printed: str, code: int) -> str:
     """The line that says why a case failed; of a traceback its last."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()] or [f"exit code {code}"]
     said = next((line for line in reversed(lines) if line.startswith(_SAYS)), lines[-1])

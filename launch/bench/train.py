@@ -179,6 +179,8 @@ def _report(
     memory_gib: float | None,
     breakdown: Breakdown | None,
 ) -> TrainReport:
+    from engine.model.provider import attention_name
+
     blueprint, platform, layout = runner.blueprint, runner.platform, runner.blueprint.layout
     rows, places = _rows_and_places(steps, runner.groups)
     seconds = statistics.median(step.seconds for step in steps)
@@ -192,6 +194,7 @@ def _report(
         trained_parameters=spec.num_parameters() if lora is None else lora.num_parameters(spec),
         dtype=str(platform.dtype).removeprefix("torch."),
         transformer_impl="te" if platform.use_te else "torch",
+        attention=attention_name(platform, spec.head_dim),
         layout=layout,
         options=flatten(config),
         global_batch_size=blueprint.shape.global_batch_size,

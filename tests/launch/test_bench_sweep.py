@@ -161,6 +161,10 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         ("--shape", "tiny", "--tensor_model_parallel_size", "2"),
         "did you mean --tensor_model_parallel_sizes",
     ),
+    "recomputation of one granularity": (
+        ("--shape", "tiny", "--recompute_modules", "mlp_act"),
+        "recompute_modules",
+    ),
     "unknown recomputation": (("--shape", "tiny", "--recompute", "half"), "recompute must be one of none"),
 }
 

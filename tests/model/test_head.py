@@ -74,7 +74,7 @@ def test_frozen_weight_gets_no_gradient() -> None:
 def test_adds_to_the_gradient_buffer(rows: int, tied: bool) -> None:
     x, weight, labels = inputs(rows)
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(VOCABULARY, WIDTH), False
-    weight.zero_out_wgrad = tied
+    weight.shared_with_embedding = tied
     LinearCrossEntropy.apply(x, weight, labels, VOCABULARY, None, True, None).backward()
     assert weight.grad_added_to_main_grad
     wanted = expected(x, weight, labels, VOCABULARY)[2]

@@ -40,7 +40,8 @@ def test_gradient_of_a_is_rounded_nowhere(dtype: torch.dtype) -> None:
     x, grad = numbers(TOKENS, 1, HIDDEN, dtype=dtype), numbers(TOKENS, 1, 4, dtype=dtype, seed=1)
     weight = numbers(4, HIDDEN, seed=2).requires_grad_()
     x.requires_grad_()
-    _Multiply.apply(x, weight).backward(grad)
+    _, low = _Multiply.apply(x, weight)
+    low.backward(grad)
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
     wanted = grad.double().flatten(0, 1).T @ x.detach().double().flatten(0, 1)
@@ -73,9 +74,36 @@ def test_gradient_of_b_is_rounded_nowhere(dtype: torch.dtype) -> None:
 
 def test_a_frozen_input_asks_for_no_product() -> None:
     """The first layer's input is an embedding's output under a frozen model."""
-    weight = numbers(4, HIDDEN).requires_grad_()
-    _Multiply.apply(numbers(TOKENS, HIDDEN), weight).sum().backward()
-    assert weight.grad is not None
+    x, weight = numbers(TOKENS, HIDDEN), numbers(4, HIDDEN).requires_grad_()
+    _, low = _Multiply.apply(x, weight)
+    low.sum().backward()
+    assert x.grad is None
+    assert relative(weight.grad, x.double().sum(0).expand(4, -1)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("used", ["both", "the linear", "the adapters"])
+def test_the_inputs_gradient_has_both_parts_once(dtype: torch.dtype, used: str) -> None:
+    """The linear's part and the adapters', also where only one of them took part in the loss."""
+    x, weight = numbers(TOKENS, 1, HIDDEN, dtype=dtype), numbers(4, HIDDEN, seed=2).requires_grad_()
+    base = numbers(OUT, HIDDEN, dtype=dtype, seed=1)
+    grads = numbers(TOKENS, 1, OUT, dtype=dtype, seed=3), numbers(TOKENS, 1, 4, dtype=dtype, seed=4)
+    leaf = x.clone().requires_grad_()
+    kept, low = _Multiply.apply(leaf * 1, weight)
+    assert torch.equal(kept, x)
+    parts, wanted = [], torch.zeros(TOKENS, 1, HIDDEN, dtype=torch.float64)
+    if used != "the adapters":
+        parts.append((kept @ base.T, grads[0]))
+        wanted += grads[0].double() @ base.double()
+    if used != "the linear":
+        parts.append((low, grads[1]))
+        wanted += grads[1].double() @ weight.detach().to(dtype).double()
+    outputs, upstream = zip(*parts, strict=True)
+    before = [grad.clone() for grad in upstream]
+    torch.autograd.backward(outputs, upstream)
+    assert relative(leaf.grad, wanted) < {torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype]
+    assert all(torch.equal(a, b) for a, b in zip(before, upstream, strict=True))
+    assert (weight.grad is None) == (used == "the linear")
 
 
 def test_the_linears_output_is_overwritten_and_not_kept() -> None:

@@ -69,6 +69,7 @@ def open_run(
     transformer_impl: str = "torch",
     adapter: str | None = None,
     moe: MoeOptions | None = None,
+    fp8_recipe: str | None = None,
 ) -> tuple[Any, Any, Any, list[Any], Any]:
     """Spec, platform, groups, wrapped models with the checkpoint's weights, and optimizer. With `adapter`, a
     PEFT directory, that is what is trained.
@@ -81,7 +82,13 @@ def open_run(
     from engine.training.optimizer import build_optimizer, wrap_data_parallel
 
     device = os.environ.get("BRAID_TEST_DEVICE", "cpu")
-    platform = open_platform(device=device, dtype=dtype, transformer_impl=transformer_impl, local_rank=rank)
+    platform = open_platform(
+        device=device,
+        dtype=dtype,
+        transformer_impl=transformer_impl,
+        local_rank=rank,
+        fp8_recipe=fp8_recipe,
+    )
     spec = load_model_spec(model_dir)
     layout = ParallelLayout.resolve(parallel, num_layers=spec.num_layers, world_size=world_size)
     groups = mcore.initialize(layout, platform, seed=1)
@@ -215,6 +222,36 @@ def train_layout(
         etp_rank=groups.etp_rank,
         ep_rank=groups.ep_rank,
     )
+
+
+def loss_curve(
+    rank: int,
+    world_size: int,
+    *,
+    model_dir: str,
+    optimizer: OptimizerOptions,
+    steps: Sequence[Sequence[EncodedRow]],
+    learning_rates: Sequence[float],
+    micro_batch_size: int,
+    **changes: Any,
+) -> list[float]:
+    """The losses of training, without what large models would take long to hand back."""
+    from engine.training.optimizer import set_learning_rate
+    from engine.training.step import global_totals, train_step
+
+    spec, platform, groups, models, optim = open_run(
+        rank, world_size, model_dir, ParallelOptions(), optimizer, **changes
+    )
+    losses = []
+    for rows, learning_rate in zip(steps, learning_rates, strict=True):
+        set_learning_rate(optim, learning_rate, optimizer.weight_decay)
+        result = train_step(
+            models, optim, _share(rows, groups=groups, size=micro_batch_size), groups, platform.device
+        )
+        done = (result.losses, result.micro_batches)
+        losses.append(global_totals(*done, spec.train_flops_per_token, groups, platform.device).loss)
+    release(models)
+    return losses
 
 
 def _named(kind: str, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -118,3 +118,43 @@ def test_the_heads_gradient_adds_up_over_micro_batches(
     directory = save_tiny_model(model, tmp_path / "model", num_hidden_layers=1)
     (error,) = workers.run(head_gradient, 1, model_dir=str(directory), tied=model == "qwen2_tied")
     assert error < 1e-2  # logits and their gradients are bf16
+
+
+def embedding_gradient(rank: int, world_size: int, *, model_dir: str) -> tuple[float, bool]:
+    """Error of the embedding's gradient over three micro-batches of a bf16 model, relative to the sum in fp64
+    of what arrives at its rows; and whether other rows have none.
+    """
+    from engine.training.step import run_pipeline
+
+    spec, platform, groups, models, _ = open_run(
+        rank, world_size, model_dir, degrees(), OptimizerOptions(), dtype="bfloat16"
+    )
+    embedding = models[0].module.embedding.word_embeddings
+    wanted = torch.zeros(embedding.weight.shape, dtype=torch.float64)
+
+    def called(_: Any, arguments: tuple[Tensor, ...], result: Tensor) -> None:
+        tokens = arguments[0].flatten()
+
+        def arrived(grad: Tensor) -> None:
+            wanted.index_add_(0, tokens, grad.double().view(len(tokens), -1))
+
+        result.register_hook(arrived)
+
+    embedding.register_forward_hook(called)
+    # A token that comes many times is where rounding between would tell.
+    drawn = random_rows(3, vocabulary=min(spec.vocab_size, 7), longest=64, seed=0)
+    batches = [collate([row], pad_id=0, pad_to_multiple_of=1) for row in drawn]
+    models[0].zero_grad_buffer()
+    run_pipeline(models, batches, groups, device=platform.device, forward_only=False)
+    found = embedding.weight.main_grad.double() * sum(batch.num_supervised for batch in batches)
+    error = float((found - wanted).norm() / wanted.norm())
+    silent = not found[7:].any()
+    release(models)
+    return error, silent
+
+
+def test_the_embeddings_gradient_adds_up_in_fp32(workers: WorkerPool, tmp_path: Path) -> None:
+    directory = save_tiny_model("qwen2_untied", tmp_path / "model", num_hidden_layers=1)
+    ((error, silent),) = workers.run(embedding_gradient, 1, model_dir=str(directory))
+    assert error < 2e-6
+    assert silent
