@@ -156,15 +156,17 @@ def findings(found: "Survey", config: DataConfig) -> Iterator[str]:
 def _part_findings(name: str, part: "Part", options: DataOptions) -> Iterator[str]:
     limit = f"max_length {options.max_length}"
     if part.without_target:
-        yield (
-            f"{_of(part.without_target, part.rows, name)} are left out: no supervised token is within {limit}"
-        )
+        count = _of(part.without_target, part.rows, name)
+        yield f"{count} are left out, without a supervised token within {limit}"
     if part.too_long > _LOST * part.rows:
-        yield f"{_of(part.too_long, part.rows, name)} are left out: longer than {limit}"
+        yield (
+            f"{_of(part.too_long, part.rows, name)} are left out, longer than {limit}: raise it, or cut them "
+            f"with truncation_strategy"
+        )
     if part.truncated > _LOST * part.rows:
         yield f"{_of(part.truncated, part.rows, name)} are cut to {limit}"
     if part.duplicates > _DUPLICATES * part.kept:
-        yield f"{_of(part.duplicates, part.kept, name)} are duplicates of others"
+        yield f"{_of(part.duplicates, part.kept, name)} repeat another row"
 
 
 def _of(count: int, total: int, name: str) -> str:

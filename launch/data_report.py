@@ -45,7 +45,8 @@ def show(survey: Survey, options: DataOptions, remarks: Sequence[str]) -> None:
     for sample in survey.samples:
         how = "supervised in green" if colours else _MARKED
         console.print(Text(f"\n{sample_title(sample)}; {how}", style="italic"), soft_wrap=True)
-        console.print(_coloured(sample) if colours else Text(marked(sample, short=True)), soft_wrap=True)
+        text = _coloured(sample) if colours else Text(marked(sample, short=True))
+        console.print(text, soft_wrap=True, end="" if text.plain.endswith("\n") else "\n")
     style = "bold yellow" if remarks else "bold green"
     console.print(Text(f"\n{verdict(remarks)}", style=style), soft_wrap=True)
 
