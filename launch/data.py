@@ -80,7 +80,8 @@ def data(argv: Sequence[str]) -> int:
             from launch.data_report import show
 
             show(found, config.data, remarks)
-    except BrokenPipeError:  # `| head` has had enough; what is still buffered must not fail at exit
+    except (BrokenPipeError, SystemExit):  # `| head` has had enough, of which rich makes an exit
+        # What is still buffered must not fail later.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if options.output_dir is not None:
         _write(found, config, remarks, record, Path(options.output_dir), shlex.join(["braid", "data", *argv]))

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +20,7 @@ from engine.data.survey import Lengths, histogram
 from launch.cli import main
 from launch.data import read_options
 from launch.data_report import visible
-from tests.launch.runs import Place, assert_one_line, everything_in, question_rows, write_rows
+from tests.launch.runs import ROOT, Place, assert_one_line, everything_in, question_rows, write_rows
 
 END = "<|im_end|>"
 
@@ -331,6 +333,20 @@ def test_what_would_steer_a_terminal_is_a_symbol() -> None:
     assert visible("a\x1b[2J\x00\x7f\x9b\u202e\n", breaks=True) == "a␛[2J␀\\u007f\\u009b\\u202e\n"
     assert visible("a\nb\tc") == "a␊b␉c"
     assert visible("水\u3000é👨\u200d👩") == "水\u3000é👨\u200d👩"
+
+
+def test_a_reader_that_has_had_enough(words: list[str], tmp_path: Path) -> None:
+    """`| head -1` closes the pipe: no error, and the files are written all the same."""
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "launch.cli", *words, "--output_dir", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(timeout=300) == 0
+    assert len(list(out.iterdir())) == 3
 
 
 # Files
