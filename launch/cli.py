@@ -16,6 +16,7 @@ commands:
   merge     a base and a LoRA adapter -> one Hugging Face checkpoint; the base is not changed
   verify    prove that two checkpoints hold the same model (exit code 0: the same, 1: not)
   inspect   say what a checkpoint is, and whether all of it is there (exit code 0: it is, 1: not)
+  data      say what training data is like as tokens, before anything is trained on it
   bench     measure training, communication, or every layout on random weights: bench train | comm | sweep
   doctor    say what this machine has for training, and what is missing (exit code 0: nothing, 1: mend it)
 
@@ -65,6 +66,10 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from launch.inspect import inspect
 
         return inspect
+    if name == "data":
+        from launch.data import data
+
+        return data
     if name == "bench":
         from launch.bench.command import bench
 
@@ -74,7 +79,7 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
 
         return doctor
     raise ConfigError(
-        f"unknown command {name!r}; commands are sft, convert, merge, verify, inspect, bench, doctor"
+        f"unknown command {name!r}; commands are sft, convert, merge, verify, inspect, data, bench, doctor"
     )
 
 

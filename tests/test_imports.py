@@ -171,6 +171,7 @@ def test_data_and_mapping_import_without_megatron() -> None:
     [
         "--help",
         "sft --help",
+        "data --help",
         "convert --help",
         "merge --help",
         "verify --help",

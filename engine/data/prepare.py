@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.options import DataOptions
-from engine.data.sources import Row, load_rows, split_rows, stream_rows
+from engine.data.sources import Row, Split, load_rows, split_rows, stream_rows
 from engine.data.store import TokenStore, build_store, encode_rows, open_store
 from engine.data.template import ChatTemplate
 from engine.errors import ConfigError, DataError
@@ -70,15 +70,25 @@ def check_options(options: DataOptions) -> None:
 def prepare(options: DataOptions, model_dir: str | Path, *, seed: int) -> PreparedData:
     """Read, split, render and tokenise. Raises DataError or ConfigError naming the file and row at fault."""
     check_options(options)
-    rows: Sequence[Row] = [] if options.streaming else load_rows(options.dataset, seed=seed)
-    held_out: Sequence[Row] = []
-    if options.val_dataset:
-        held_out = load_rows(options.val_dataset, seed=seed)
-    elif options.split_dataset_ratio > 0:
-        rows, held_out = split_rows(rows, options.split_dataset_ratio, seed)
+    rows = read_rows(options, seed=seed)
     template = ChatTemplate(load_tokenizer(model_dir))
     if options.streaming:
         _try_stream(options, template)
+    return tokenise(rows, options, template)
+
+
+def read_rows(options: DataOptions, *, seed: int) -> Split:
+    """The rows to train on, none where they are streamed, and those to evaluate on. Raises DataError."""
+    rows = [] if options.streaming else load_rows(options.dataset, seed=seed)
+    if options.val_dataset:
+        return Split(train=rows, val=load_rows(options.val_dataset, seed=seed))
+    return split_rows(rows, options.split_dataset_ratio, seed)
+
+
+def tokenise(rows: Split, options: DataOptions, template: ChatTemplate) -> PreparedData:
+    """Render and tokenise what `read_rows` gave, or map what the cache has of it. Raises DataError or
+    ConfigError.
+    """
 
     def store(part: Sequence[Row]) -> TokenStore:
         return build_store(
@@ -91,7 +101,8 @@ def prepare(options: DataOptions, model_dir: str | Path, *, seed: int) -> Prepar
         )
 
     return PreparedData(
-        train=None if options.streaming else store(rows), evaluation=store(held_out) if held_out else None
+        train=None if options.streaming else store(rows.train),
+        evaluation=store(rows.val) if rows.val else None,
     )
 
 
