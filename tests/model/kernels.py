@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from engine.model.attention import list_tiles
+
 # Relative norm of the error: results are rounded once, to 8 bits in bf16.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 EPSILON = 1e-6
@@ -165,6 +167,34 @@ def check_empty(like: Tensor) -> None:
     kernels.logit_gradients(nothing(0, 9), labels, scales, torch.ones((), device=like.device))
 
 
+def check_attention(like: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int], groups: int) -> None:
+    """Packed documents, or queries that are the last of more keys; keys and values as views."""
+    import engine.model.triton_attention as kernels
+
+    if like.dtype == torch.bfloat16:  # Triton's interpreter multiplies no matrices of bf16
+        like = like.half()
+    bound = {torch.float32: 1e-5, torch.float16: 1e-3}[like.dtype]
+    heads, dim, scale = 2 * groups, 16, 0.25
+    fused = numbers(sum(k_lengths), 2 * groups, dim, like=like)
+    inputs = [numbers(sum(q_lengths), heads, dim, like=like, seed=1), fused[:, :groups], fused[:, groups:]]
+    grad = numbers(sum(q_lengths), heads, dim, like=like, seed=2)
+    tiles = [torch.from_numpy(found) for found in list_tiles(q_lengths, k_lengths)]
+    out, normalizers = kernels.forward(*inputs, tiles[0], scale)
+    gradients = kernels.backward(grad, *inputs, out, normalizers, *tiles, scale)
+    wide = [x.double().requires_grad_() for x in inputs]
+    parts = []
+    for q, k, v in zip(wide[0].split(q_lengths), *(x.split(k_lengths) for x in wide[1:]), strict=True):
+        scores = torch.einsum("qnd,knd->nqk", q, k.repeat_interleave(2, 1)) * scale
+        seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        parts.append(torch.einsum("nqk,knd->qnd", weights, v.repeat_interleave(2, 1)))
+    wanted = torch.cat(parts)
+    exact = torch.autograd.grad(wanted, wide, grad.double())
+    for found, truth in zip((out, *gradients), (wanted, *exact), strict=True):
+        assert found.dtype == like.dtype
+        assert relative(found, truth) <= bound
+
+
 Check = Callable[[Tensor], None]
 
 # Sizes that are no multiple of any block, and more rows than one program takes.
@@ -181,6 +211,13 @@ SMALL: Mapping[str, Check] = {
     "logits, narrow": lambda like: check_logits(like, 7, 130),
     "logits, several blocks": lambda like: check_logits(like, 8, 9001),
     "empty": check_empty,
+}
+
+# In the interpreter alone: on a GPU tests/model/test_attention.py has more, in half precision, which is all
+# that attention uses these kernels for.
+INTERPRETED: Mapping[str, Check] = {
+    "attention, documents": lambda like: check_attention(like, (5, 200, 1, 131), (5, 200, 1, 131), 2),
+    "attention, chunks": lambda like: check_attention(like, (64, 40), (130, 300), 1),
 }
 
 # Shapes of published models (hidden 3584 and F 18944 are Qwen2.5-7B's), for a GPU.
@@ -202,13 +239,13 @@ def main() -> int:
     """Every small check in both dtypes; a line for each that fails, and how many were made."""
     failures = 0
     for dtype in BOUNDS:
-        for name, check in SMALL.items():
+        for name, check in (SMALL | INTERPRETED).items():
             try:
                 check(torch.zeros((), dtype=dtype))
             except Exception as error:
                 failures += 1
                 print(f"{name}, {dtype}: {error!r}")
-    print(f"{len(BOUNDS) * len(SMALL) - failures} checks passed")
+    print(f"{len(BOUNDS) * len(SMALL | INTERPRETED) - failures} checks passed")
     return int(failures > 0)
 
 
