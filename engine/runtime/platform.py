@@ -106,7 +106,8 @@ def open_platform(
                 f"lower NPROC_PER_NODE"
             )
         # Micro-batches have any number of tokens: without segments that grow, memory falls to pieces.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same setting
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(local_rank)
     else:
         install_cpu()
