@@ -15,7 +15,7 @@ from engine.config.recompute import check_recompute
 from engine.errors import CheckpointError, ConfigError, OutputError
 from engine.model.lora_spec import LoraSpec, lora_from_options, read_lora_config
 from engine.model.spec import ModelSpec, load_model_spec
-from launch.disk import check_room
+from launch.disk import check_room, nearest
 from launch.processes import World, command_began, restart_count
 
 REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "none")
@@ -323,7 +323,7 @@ def check_output_dir(blueprint: Blueprint) -> None:
 
 def check_writable(directory: Path) -> None:
     """Raise OutputError if `directory` cannot be made, or nothing can be written there."""
-    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    parent = nearest(directory)
     if not parent.is_dir():
         raise OutputError(f"output_dir {directory} cannot be made: {parent} is a file")
     if not os.access(parent, os.W_OK):

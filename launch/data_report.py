@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from engine.config.options import DataOptions
 from engine.data.survey import Bin, Lengths, Part, Sample, Survey
-from launch.bench.output import Table, new_figure
+from engine.training.curve import new_figure
+from launch.bench.output import Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,14 +11,18 @@ from engine.storage.durable import is_full
 _OPTIMIZER_BYTES = 12
 
 
+def nearest(path: Path) -> Path:
+    """The path itself, or where it would be made: the nearest of its parents that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def check_room(output_dir: Path, *, num_parameters: int, weight_bytes: int) -> None:
     """Raise OutputError unless one checkpoint and one export fit: the least that every run writes."""
     from engine.storage.files import check_free_space
 
-    place = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     needed = num_parameters * (2 * weight_bytes + _OPTIMIZER_BYTES)
     what = "a checkpoint of this model with its export"
-    check_free_space(place, needed, what=what, remedy=" or choose another output_dir")
+    check_free_space(nearest(output_dir), needed, what=what, remedy=" or choose another output_dir")
 
 
 @contextmanager

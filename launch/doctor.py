@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from engine.config.parse import help_text, parse
+from launch.disk import nearest
 
 _USAGE = """usage: braid doctor [--flag value ...]
 
@@ -250,7 +251,7 @@ def _optional() -> Iterator[Finding]:
 
 
 def _disk(output_dir: Path) -> Finding:
-    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    there = nearest(output_dir)
     free = shutil.disk_usage(there).free
     found = f"{free / _GIB:,.0f} GiB free at {there}"
     if not os.access(there, os.W_OK):

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from engine.data.stream import StreamLoader
     from engine.model.gpt import BraidGPTModel
     from engine.runtime.mcore import Groups
+    from engine.runtime.platform import Platform
     from engine.training.watch import StopRequest
 
 _DISTRIBUTED_TIMEOUT_MINUTES = 60
@@ -101,22 +102,12 @@ def _worker(config: SftConfig, world: World, place: list[str]) -> None:
     startup.mark("imports")
     data = prepare_here(blueprint, world)
     startup.mark("data")
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
     from engine.runtime import mcore
     from engine.training.watch import StopRequest
 
     mcore.adapt_megatron(platform)  # imports Megatron, so that its seconds are not counted as process groups
     startup.mark("imports")
-    dist.init_process_group(
-        platform.backend,
-        store=meeting_place(world),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(minutes=_DISTRIBUTED_TIMEOUT_MINUTES),
-    )
+    join_ranks(world, platform)
     place.append(str(blueprint.layout.place(world.rank)))
     groups = mcore.initialize(
         blueprint.layout, platform, seed=config.run.seed, deterministic=config.run.deterministic
@@ -133,9 +124,33 @@ def _worker(config: SftConfig, world: World, place: list[str]) -> None:
         last = train(blueprint, platform, groups, data, hung, stop, startup)
         if world.rank == 0:
             _export(last, blueprint, data)
-        dist.barrier()
-        mcore.destroy()
-        dist.destroy_process_group()
+        leave_ranks()
+
+
+def join_ranks(world: World, platform: "Platform") -> None:
+    """Open torch's default group over all ranks."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        platform.backend,
+        store=meeting_place(world),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(minutes=_DISTRIBUTED_TIMEOUT_MINUTES),
+    )
+
+
+def leave_ranks() -> None:
+    """Wait for all ranks, and close Megatron's groups and torch's."""
+    import torch.distributed as dist
+
+    from engine.runtime import mcore
+
+    dist.barrier()
+    mcore.destroy()
+    dist.destroy_process_group()
 
 
 def meeting_place(world: World) -> Any:

@@ -10,11 +10,16 @@ MLP_ACTIVATION = "mlp_act"
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp", "moe", "shared_experts", MLP_ACTIVATION)
 
 
+def granularity_of(options: RecomputeOptions) -> str | None:
+    """Megatron's granularity, from its own flag or transformers' switch."""
+    return options.recompute_granularity or ("full" if options.gradient_checkpointing else None)
+
+
 def check_recompute(options: RecomputeOptions, *, has_te: bool, fp8_recipe: str | None) -> None:
     """Raise ConfigError where the options contradict each other, or ask for what layers without Transformer
     Engine (`has_te` false) do not have.
     """
-    granularity = options.recompute_granularity or ("full" if options.gradient_checkpointing else None)
+    granularity = granularity_of(options)
     if granularity != "selective" and options.recompute_modules:
         raise ConfigError("recompute_modules needs recompute_granularity selective")
     if granularity != "full" and (options.recompute_method or options.recompute_num_layers):

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,13 @@ class Segments:
     """int64 [sum of k_lengths] on the device: the keys of all segments one after another; None where that is
     every key once.
     """
-    tiles: tuple[Tensor, Tensor] | None = None
-    """Of queries and of keys, from `list_tiles`, on the device; None where kernels are not compiled."""
+
+    @cached_property
+    def tiles(self) -> tuple[Tensor, Tensor]:
+        """Of queries and of keys, from `list_tiles`, on the device: for the kernels that work by them."""
+        of_queries, of_keys = map(torch.from_numpy, list_tiles(self.q_lengths, self.k_lengths))
+        device = self.cu_q.device
+        return of_queries.to(device, non_blocking=True), of_keys.to(device, non_blocking=True)
 
     @classmethod
     def documents(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
@@ -77,10 +82,6 @@ class Segments:
         if not plain:
             ranges = [torch.arange(start, start + n) for start, n in zip(k_starts, k_lengths, strict=True)]
             index = torch.cat(ranges).to(device, non_blocking=True)
-        tiles = None
-        if device.type == "cuda" and can_compile():
-            of_queries, of_keys = map(torch.from_numpy, list_tiles(q_lengths, k_lengths))
-            tiles = (of_queries.to(device, non_blocking=True), of_keys.to(device, non_blocking=True))
         return cls(
             q_lengths=q_lengths,
             k_starts=k_starts,
@@ -88,7 +89,6 @@ class Segments:
             cu_q=boundaries(q_lengths),
             cu_k=boundaries(k_lengths),
             key_index=index,
-            tiles=tiles,
         )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.runtime.kernels import can_compile
+from engine.runtime.kernels import compiles_for
 
 
 def _kernels() -> Any:
@@ -37,7 +37,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich, 2019)."""
-    if x.is_cuda and can_compile():
+    if compiles_for(x):
         out: Tensor = _RmsNorm.apply(x, weight, eps)
         return out
     return F.rms_norm(x, weight.shape, weight, eps)
@@ -58,7 +58,7 @@ class _SwiGlu(torch.autograd.Function):
 
 def swiglu(x: Tensor) -> Tensor:
     """[..., 2 F], gate before up -> silu(gate) * up, [..., F] (Shazeer, 2020)."""
-    if x.is_cuda and can_compile():
+    if compiles_for(x):
         out: Tensor = _SwiGlu.apply(x)
         return out
     gate, up = x.chunk(2, dim=-1)
@@ -85,7 +85,7 @@ class Rotary(torch.autograd.Function):
 
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
     half = query.shape[-1] // 2
-    if query.is_cuda and can_compile() and half & (half - 1) == 0:
+    if compiles_for(query) and half & (half - 1) == 0:
         query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
         return _kernels().rotary(query, key, cos, sin, backward=backward)
     sin = -sin if backward else sin
@@ -101,7 +101,7 @@ def logit_statistics(logits_RV: Tensor, places: Tensor) -> tuple[Tensor, Tensor,
     """Of every row: the largest logit, the sum of exponentials relative to it, and the logit at its place, 0
     where that is none of [0, V); float32 [R].
     """
-    if logits_RV.is_cuda and can_compile():
+    if compiles_for(logits_RV):
         return _kernels().logit_statistics(logits_RV, places)
     values, width = logits_RV.float(), logits_RV.shape[1]
     maxima = values.amax(-1)
@@ -114,7 +114,7 @@ def logits_to_gradients(logits_RV: Tensor, places: Tensor, normalizer: Tensor, f
     """Overwrite logits by (softmax - one-hot) * factor; `normalizer` float32 [R] is the logarithm of the sum
     of a row's exponentials, `factor` a float32 scalar.
     """
-    if logits_RV.is_cuda and can_compile():
+    if compiles_for(logits_RV):
         _kernels().logit_gradients(logits_RV, places, normalizer, factor)
         return
     gradients = (logits_RV.float() - normalizer[:, None]).exp_()

@@ -69,7 +69,6 @@ class LossHead(ColumnParallelLinear):
             targets.labels,
             columns,
             group if group.size() > 1 else None,
-            self.config.gradient_accumulation_fusion,
             None if scale is None else scale(torch.ones((), device=hidden.device)),
         )
 
@@ -89,12 +88,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         labels_S: Tensor,
         columns: int,
         group: dist.ProcessGroup | None,
-        fuse: bool,
         scale: Tensor | None,
     ) -> Tensor:
         """Hidden states and weight of one dtype, labels int64 of the whole vocabulary -> float32 scalar, the
         same on all ranks of `group`. The first `columns` rows of the weight are real. Gradients are computed
-        `scale` times as large (float16), and with `fuse` that of the weight is added to its main_grad.
+        `scale` times as large (float16); that of the weight is added to its main_grad, where it has one.
         """
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         weight = weight_VH[:columns]
@@ -125,7 +123,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if wants_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(grad_x, grad_weight, factor)
-        ctx.weight, ctx.fuse, ctx.columns = weight_VH, fuse, columns
+        ctx.weight, ctx.columns = weight_VH, columns
         return total
 
     @staticmethod
@@ -136,8 +134,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         if grad_x is not None:
             grad_x = grad_x * share.to(grad_x.dtype)
         if grad_weight is not None:
-            grad_weight = _hand_over(grad_weight, share, ctx.weight, ctx.columns, fuse=ctx.fuse)
-        return grad_x, grad_weight, None, None, None, None, None
+            grad_weight = _hand_over(grad_weight, share, ctx.weight, ctx.columns)
+        return grad_x, grad_weight, None, None, None, None
 
 
 def _blocks(rows: int, row_bytes: int, device: torch.device) -> list[slice]:
@@ -166,20 +164,26 @@ def _losses(logits_RV: Tensor, places: Tensor, group: dist.ProcessGroup | None) 
     return normalizer - picked, normalizer
 
 
-def _hand_over(grad: Tensor, share: Tensor, weight: Tensor, columns: int, *, fuse: bool) -> Tensor | None:
+def _hand_over(grad: Tensor, share: Tensor, weight: Tensor, columns: int) -> Tensor | None:
     """The gradient [columns, H] of the real rows, times `share`, as Megatron's gradient buffer or autograd
     wants it.
     """
     buffer = getattr(weight, "main_grad", None)
-    if not fuse or buffer is None:
+    if buffer is None:
         whole = torch.zeros_like(weight)
         whole[:columns] = grad * share
         return whole
     buffer[:columns].addcmul_(grad, share.to(buffer.dtype))
+    added = _added(weight)
+    # Of a shared weight the embedding's gradient comes later, and is what Megatron waits for.
+    return None if getattr(weight, "shared_with_embedding", False) else added
+
+
+def _added(weight: Tensor) -> Tensor:
+    """Tell Megatron that the gradient is in its buffer. It waits for one to come all the same, and does not
+    look at it.
+    """
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    if getattr(weight, "shared_with_embedding", False):
-        return None  # the embedding's gradient of the same weight comes later
-    # Megatron waits for a gradient to come; this one is not looked at.
     return torch.empty_like(weight)
 
 
@@ -216,5 +220,4 @@ class _Rows(torch.autograd.Function):
         if buffer is None:
             return torch.zeros_like(weight).index_add_(0, index, grad), None
         buffer.index_add_(0, index, grad.to(buffer.dtype))
-        weight.grad_added_to_main_grad = True
-        return torch.empty_like(weight), None
+        return _added(weight), None

@@ -17,6 +17,7 @@ def attend_packed(kernel: str, q: Tensor, k: Tensor, v: Tensor, segments: Segmen
     """
     if segments.key_index is not None:
         k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if kernel == "FlashAttention 4":
         return _flash_attention_4(q, k, v, segments, scale)
     out: Tensor = (_Tiled if kernel == "Triton" else _Packed).apply(q, k, v, segments, scale)
@@ -27,7 +28,9 @@ def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scal
     from flash_attn.cute import flash_attn_varlen_func
 
     out: Tensor = flash_attn_varlen_func(
-        *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)),
+        q,
+        k,
+        v,
         cu_seqlens_q=segments.cu_q,
         cu_seqlens_k=segments.cu_k,
         max_seqlen_q=max(segments.q_lengths),
@@ -48,10 +51,8 @@ class _Tiled(torch.autograd.Function):
     ) -> Tensor:
         from engine.model import triton_attention
 
-        assert segments.tiles is not None
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        out, normalizers = triton_attention.forward(q, k, v, segments.tiles[0], scale)
-        ctx.save_for_backward(q, k, v, out, normalizers)
+        out, normalizers = triton_attention.forward(query, key, value, segments.tiles[0], scale)
+        ctx.save_for_backward(query, key, value, out, normalizers)
         ctx.tiles, ctx.scale = segments.tiles, scale
         return out
 
@@ -78,7 +79,7 @@ class _Packed(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float
     ) -> Tensor:
-        inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
+        inputs = (query, key, value)
         sizes = (segments.cu_q, segments.cu_k, max(segments.q_lengths), max(segments.k_lengths))
         out, normalizers, *_ = torch.ops.aten._flash_attention_forward(
             *inputs, *sizes, 0.0, True, False, scale=scale

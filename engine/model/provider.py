@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.config.options import MoeOptions, RecomputeOptions
 from engine.config.parallel import ParallelLayout
-from engine.config.recompute import MLP_ACTIVATION, check_recompute
+from engine.config.recompute import MLP_ACTIVATION, check_recompute, granularity_of
 from engine.model.attention import packed_kernel
 from engine.model.experts import ExpertLayer, GroupedExperts, MixtureOfExperts, SharedExpert
 from engine.model.gpt import BraidGPTModel
@@ -144,7 +144,7 @@ def _keep(weight: Tensor) -> Tensor:
 def _recompute(options: RecomputeOptions, platform: Platform) -> dict[str, Any]:
     """Megatron's recompute settings from transformers' switch and Megatron's own flags."""
     check_recompute(options, has_te=platform.use_te, fp8_recipe=platform.fp8_recipe)
-    granularity = options.recompute_granularity or ("full" if options.gradient_checkpointing else None)
+    granularity = granularity_of(options)
     if granularity != "full":
         modules = [name for name in options.recompute_modules if name != MLP_ACTIVATION]
         if options.recompute_modules and not modules:

@@ -23,6 +23,11 @@ def can_compile() -> bool:
     return compiler is not None and importlib.util.find_spec("triton") is not None
 
 
+def compiles_for(tensor: Tensor) -> bool:
+    """Whether what is done to `tensor` can be a compiled kernel."""
+    return tensor.is_cuda and can_compile()
+
+
 def fused(function: _Function) -> _Function:
     """`function` of plain torch operations, compiled to as few kernels as torch makes of it where its first
     argument is on a GPU; elsewhere, and where nothing can be compiled, as it is written.
@@ -35,7 +40,7 @@ def fused(function: _Function) -> _Function:
     @functools.wraps(function)
     def call(first: Tensor, *arguments: Any) -> Any:
         nonlocal compiled
-        if not first.is_cuda or not can_compile():
+        if not compiles_for(first):
             return function(first, *arguments)
         compiled = compiled or torch.compile(function, fullgraph=True)
         return compiled(first, *arguments)

@@ -4,6 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The smoothed curve forgets a step after about this share of the run.
 _MEMORY = 0.03
@@ -46,13 +50,19 @@ def smooth(losses: Sequence[float]) -> list[float]:
     return smoothed
 
 
-def draw_curve(curve: Curve, picture: Path, *, title: str) -> None:
-    """Write a PNG with the training loss, its smoothed course and the evaluation loss."""
+def new_figure(*, width: float, height: float) -> "Figure":
+    """An empty picture that needs no display; inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_curve(curve: Curve, picture: Path, *, title: str) -> None:
+    """Write a PNG with the training loss, its smoothed course and the evaluation loss."""
+    figure = new_figure(width=8, height=4.5)
     axes = figure.add_subplot()
     axes.plot(curve.steps, curve.losses, color="#9db8d9", linewidth=1, label="train")
     axes.plot(curve.steps, smooth(curve.losses), color="#1f5fa8", linewidth=2, label="train, smoothed")

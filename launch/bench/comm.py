@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from engine.config.bench import CommBenchConfig
 from engine.config.parallel import ParallelLayout
 from engine.errors import ConfigError
-from launch.bench.output import Table, new_figure, provenance, write_files
+from engine.training.curve import new_figure
+from launch.bench.output import Table, provenance, write_files
 from launch.bench.paper import check_outputs
 from launch.bench.ranks import Environment, opened_groups
 from launch.processes import World, open_world

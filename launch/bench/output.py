@@ -44,16 +44,6 @@ class Table:
         return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
 
-def new_figure(*, width: float, height: float) -> "Figure":
-    """An empty picture that needs no display; inches."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def write_files(directory: Path, stem: str, record: dict[str, Any], markdown: str, figure: "Figure") -> None:
     """Write STEM.json, STEM.md and STEM.png into `directory`, which is made."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -64,10 +54,15 @@ def write_files(directory: Path, stem: str, record: dict[str, Any], markdown: st
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write an object so that the file is whole or absent, whoever else writes it."""
+    """Write an object as `write_whole` does, into a directory that is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(record, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is whole or absent, whoever else writes it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

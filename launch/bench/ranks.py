@@ -6,19 +6,17 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from engine.config.parallel import ParallelLayout
 from launch.processes import World
 from launch.record import git_revision, versions
-from launch.sft import meeting_place
+from launch.sft import join_ranks, leave_ranks
 
 if TYPE_CHECKING:
     from engine.runtime.mcore import Groups
     from engine.runtime.platform import Platform
-
-_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +72,11 @@ def opened_groups(
     """Megatron's groups for `layout` over all ranks, closed at the end. `place` receives the rank's grid
     coordinates, for error messages.
     """
-    import torch.distributed as dist
-
     from engine.runtime import mcore
 
     mcore.adapt_megatron(platform)
-    dist.init_process_group(
-        platform.backend,
-        store=meeting_place(world),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=_TIMEOUT,
-    )
+    join_ranks(world, platform)
     place.append(str(layout.place(world.rank)))
     yield mcore.initialize(layout, platform, seed=seed, deterministic=deterministic)
     # After a failure other ranks may be stuck in a collective: then the process just ends.
-    dist.barrier()
-    mcore.destroy()
-    dist.destroy_process_group()
+    leave_ranks()

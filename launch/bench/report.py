@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.config.parallel import ParallelLayout
+from engine.training.curve import new_figure
 from launch.bench.breakdown import Breakdown
-from launch.bench.output import Table, new_figure, provenance, write_files, write_json
+from launch.bench.output import Table, provenance, write_files, write_json
 from launch.bench.ranks import Environment
 
 if TYPE_CHECKING:

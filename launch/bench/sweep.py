@@ -19,7 +19,8 @@ import psutil
 from engine.config.bench import SweepBenchConfig, TrainBenchConfig
 from engine.config.parse import flatten, options_of
 from engine.errors import ConfigError, UserError
-from launch.bench.output import Table, new_figure, write_files, write_json
+from engine.training.curve import new_figure
+from launch.bench.output import Table, write_files, write_json
 from launch.bench.paper import check_outputs, draw_bench, read_spec
 from launch.bench.ranks import command_line
 from launch.processes import ENVIRONMENT, World

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.bench.output import Table, write_json
+from launch.bench.output import Table, write_json, write_whole
 from launch.bench.report import MFU_CONVENTION
 from tests.bench.gpu_cases import LENGTH, Case, Settings
 
@@ -122,9 +122,7 @@ def outcome(row: Row) -> str:
 def write(rows: Sequence[Row], settings: Settings, root: Path) -> None:
     """Write gpu.json and gpu.md into `root`."""
     write_json(root / "gpu.json", _record(rows, settings))
-    partial = root / ".gpu.md"
-    partial.write_text(_markdown(rows, settings), encoding="utf-8")
-    partial.replace(root / "gpu.md")
+    write_whole(root / "gpu.md", _markdown(rows, settings))
 
 
 def _record(rows: Sequence[Row], settings: Settings) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_equals_cross_entropy(block_rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(head._BLOCK_BYTES, "cpu", block_rows * columns * 4)
     x, weight, labels = inputs(40)
-    loss = LinearCrossEntropy.apply(x, weight, labels, columns, None, False, None)
+    loss = LinearCrossEntropy.apply(x, weight, labels, columns, None, None)
     (3 * loss).backward()
     wanted = expected(x, weight, labels, columns)
     assert relative(loss.detach(), wanted[0]) < 1e-6
@@ -45,7 +45,7 @@ def test_equals_cross_entropy(block_rows: int, columns: int, monkeypatch: pytest
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype: torch.dtype) -> None:
     x, weight, labels = inputs(64, dtype)
-    loss = LinearCrossEntropy.apply(x, weight, labels, VOCABULARY, None, False, torch.tensor(256.0))
+    loss = LinearCrossEntropy.apply(x, weight, labels, VOCABULARY, None, torch.tensor(256.0))
     loss.backward()
     wanted = expected(x, weight, labels, VOCABULARY)
     # Logits and gradients are rounded to 8 or 11 bits.
@@ -58,13 +58,13 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 def test_large_logits_are_finite() -> None:
     x, weight, labels = inputs(8)
-    loss = LinearCrossEntropy.apply(x * 1e4, weight, labels, VOCABULARY, None, False, None)
+    loss = LinearCrossEntropy.apply(x * 1e4, weight, labels, VOCABULARY, None, None)
     assert relative(loss.detach(), expected(x * 1e4, weight, labels, VOCABULARY)[0]) < 1e-6
 
 
 def test_frozen_weight_gets_no_gradient() -> None:
     x, weight, labels = inputs(8)
-    LinearCrossEntropy.apply(x, weight.requires_grad_(False), labels, VOCABULARY, None, True, None).backward()
+    LinearCrossEntropy.apply(x, weight.requires_grad_(False), labels, VOCABULARY, None, None).backward()
     assert weight.grad is None
     assert relative(x.grad, expected(x, weight, labels, VOCABULARY)[1]) < 1e-6
 
@@ -75,7 +75,7 @@ def test_adds_to_the_gradient_buffer(rows: int, tied: bool) -> None:
     x, weight, labels = inputs(rows)
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(VOCABULARY, WIDTH), False
     weight.shared_with_embedding = tied
-    LinearCrossEntropy.apply(x, weight, labels, VOCABULARY, None, True, None).backward()
+    LinearCrossEntropy.apply(x, weight, labels, VOCABULARY, None, None).backward()
     assert weight.grad_added_to_main_grad
     wanted = expected(x, weight, labels, VOCABULARY)[2]
     assert (weight.main_grad.double() - 1 - wanted).abs().max() < 1e-5
@@ -85,7 +85,7 @@ def test_adds_to_the_gradient_buffer(rows: int, tied: bool) -> None:
 
 def test_no_targets() -> None:
     x, weight, labels = inputs(0)
-    loss = LinearCrossEntropy.apply(x, weight, labels, VOCABULARY, None, False, None)
+    loss = LinearCrossEntropy.apply(x, weight, labels, VOCABULARY, None, None)
     loss.backward()
     assert loss == 0
     assert x.grad.shape == x.shape
@@ -104,7 +104,7 @@ def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, labels = inputs(23)
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        LinearCrossEntropy.apply(x, weight, labels, VOCABULARY, None, False, None)
+        LinearCrossEntropy.apply(x, weight, labels, VOCABULARY, None, None)
     assert [rows for rows, _ in seen] == [5, 5, 5, 5, 3]
     assert max(kept) <= max(x.numel(), weight.numel())
 
