@@ -20,10 +20,10 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from engine.model.fused import logit_statistics, logits_to_gradients
-from engine.runtime.kernels import add_product, product
+from engine.runtime.kernels import add_product
 
 # Logits that exist at once. On a GPU few large products are fast; on a CPU whole passes stay near the cache.
-_BLOCK_BYTES = {"cuda": 2**30, "cpu": 2**26}
+_BLOCK_BYTES = {"cuda": 2**31, "cpu": 2**26}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,10 @@ class LossHead(ColumnParallelLinear):
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies of x @ weight.T, with logits of a block of rows at a time.
 
-    The gradient of a block needs its logits, so it is computed while they are there, in the forward pass;
-    backward only scales it.
+    The gradient of a block needs its logits, so it is computed while they are there, in the forward pass. A
+    weight that has Megatron's gradient buffer, main_grad, gets its gradient there at once, block by block:
+    no matrix of the vocabulary is kept until backward. The sum must then be the loss, so that the gradient
+    that comes back is `scale`; backward checks it.
     """
 
     @staticmethod
@@ -92,15 +94,18 @@ class LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         """Hidden states and weight of one dtype, labels int64 of the whole vocabulary -> float32 scalar, the
         same on all ranks of `group`. The first `columns` rows of the weight are real. Gradients are computed
-        `scale` times as large (float16); that of the weight is added to its main_grad, where it has one.
+        `scale` times as large (float16).
         """
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        weight = weight_VH[:columns]
+        weight, grad_weight = weight_VH[:columns], None
+        buffer = getattr(weight_VH, "main_grad", None) if wants_weight else None
+        if wants_weight and buffer is None:
+            grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
+        sink = grad_weight if buffer is None else buffer
         first = 0 if group is None else group.rank() * len(weight_VH)
         places_S = labels_S - first
         total = torch.zeros((), dtype=torch.float32, device=x_SH.device)
         grad_x = torch.empty_like(x_SH) if wants_x else None
-        grad_weight = None
         factor = torch.ones_like(total) if scale is None else scale.float()
         # All ranks of the group take the same blocks, also where some have padding.
         for rows in _blocks(len(x_SH), len(weight_VH) * x_SH.element_size(), x_SH.device):
@@ -114,16 +119,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logits_to_gradients(logits, places, normalizer, factor)
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[rows])
-            if not wants_weight:
-                continue
-            if grad_weight is None:
-                grad_weight = product(logits.T, x)
-            else:
-                add_product(grad_weight, logits.T, x)
-        if wants_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+            if sink is not None:
+                add_product(sink[:columns], logits.T, x)
         ctx.save_for_backward(grad_x, grad_weight, factor)
-        ctx.weight, ctx.columns = weight_VH, columns
+        ctx.weight = None if buffer is None else weight_VH
         return total
 
     @staticmethod
@@ -134,7 +133,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         if grad_x is not None:
             grad_x = grad_x * share.to(grad_x.dtype)
         if grad_weight is not None:
-            grad_weight = _hand_over(grad_weight, share, ctx.weight, ctx.columns)
+            grad_weight = grad_weight * share
+        if ctx.weight is not None:
+            torch._assert_async(share == 1, "the sum of losses is not the loss: its gradient is wrong")
+            added = _added(ctx.weight)
+            # Of a shared weight the embedding's gradient comes later, and is what Megatron waits for.
+            grad_weight = None if getattr(ctx.weight, "shared_with_embedding", False) else added
         return grad_x, grad_weight, None, None, None, None
 
 
@@ -162,21 +166,6 @@ def _losses(logits_RV: Tensor, places: Tensor, group: dist.ProcessGroup | None) 
         maxima, (sums, picked) = highest, both.unbind()
     normalizer = maxima + sums.log()
     return normalizer - picked, normalizer
-
-
-def _hand_over(grad: Tensor, share: Tensor, weight: Tensor, columns: int) -> Tensor | None:
-    """The gradient [columns, H] of the real rows, times `share`, as Megatron's gradient buffer or autograd
-    wants it.
-    """
-    buffer = getattr(weight, "main_grad", None)
-    if buffer is None:
-        whole = torch.zeros_like(weight)
-        whole[:columns] = grad * share
-        return whole
-    buffer[:columns].addcmul_(grad, share.to(buffer.dtype))
-    added = _added(weight)
-    # Of a shared weight the embedding's gradient comes later, and is what Megatron waits for.
-    return None if getattr(weight, "shared_with_embedding", False) else added
 
 
 def _added(weight: Tensor) -> Tensor:

@@ -70,17 +70,28 @@ def test_frozen_weight_gets_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("rows", [0, 40])
+@pytest.mark.parametrize("scale", [None, 256.0])
 @pytest.mark.parametrize("tied", [False, True])
-def test_adds_to_the_gradient_buffer(rows: int, tied: bool) -> None:
+def test_adds_to_the_gradient_buffer(rows: int, scale: float | None, tied: bool) -> None:
     x, weight, labels = inputs(rows)
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(VOCABULARY, WIDTH), False
     weight.shared_with_embedding = tied
-    LinearCrossEntropy.apply(x, weight, labels, VOCABULARY, None, None).backward()
+    factor = None if scale is None else torch.tensor(scale)
+    loss = LinearCrossEntropy.apply(x, weight, labels, VOCABULARY, None, factor)
+    (loss * (scale or 1.0)).backward()
     assert weight.grad_added_to_main_grad
-    wanted = expected(x, weight, labels, VOCABULARY)[2]
-    assert (weight.main_grad.double() - 1 - wanted).abs().max() < 1e-5
+    wanted = expected(x, weight, labels, VOCABULARY)[2] * (scale or 1.0)
+    assert (weight.main_grad.double() - 1 - wanted).abs().max() < 1e-5 * (scale or 1.0)
     # Of tied weights the gradient that comes is the embedding's: nothing may be mixed into it.
     assert (weight.grad is None) == tied
+
+
+def test_gradient_in_the_buffer_is_that_of_the_loss_itself() -> None:
+    x, weight, labels = inputs(8)
+    weight.main_grad = torch.zeros(VOCABULARY, WIDTH)
+    loss = LinearCrossEntropy.apply(x, weight, labels, VOCABULARY, None, None)
+    with pytest.raises(RuntimeError, match="its gradient is wrong"):
+        (2 * loss).backward()
 
 
 def test_no_targets() -> None:

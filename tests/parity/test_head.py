@@ -193,7 +193,7 @@ def evaluate_head(rank: int, world_size: int, *, model_dir: str) -> tuple[float,
         return float(chunk.output_layer(own, targets=targets, columns=chunk.first_padding_column))
 
     trained = loss()
-    usual = {name: getattr(head, name) for name in ("product", "add_product", "logits_to_gradients")}
+    usual = {name: getattr(head, name) for name in ("add_product", "logits_to_gradients")}
     try:
         for name in usual:
             setattr(head, name, lambda *arguments, name=name: called.append(name))
