@@ -65,36 +65,69 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-class Rotary(torch.autograd.Function):
-    """Rotate pairs (i, i + D/2) of every head of queries and keys by a position's angle (Su et al., 2021)."""
+def split_heads(
+    mixed_TW: Tensor,
+    groups: int,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    bias: Tensor | None = None,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [T, N, D], keys and values [T, G, D] from the product of the fused linear, in which every group
+    has its N / G queries, a key and a value. In this order: the linear's `bias` is added, queries and keys
+    are divided by their root mean square and multiplied by `norms` (weights [D] of the one and the other),
+    and rotated, pairs (i, i + D/2) by the angle of the token's position (Su et al., 2021), whose cos and sin
+    are [T, 1, D] with the same numbers in both halves.
+    """
+    half = cos.shape[-1] // 2
+    weights = (None, None) if norms is None else norms
+    if compiles_for(mixed_TW) and half & (half - 1) == 0:
+        found: tuple[Tensor, Tensor, Tensor] = _Heads.apply(mixed_TW, groups, cos, sin, bias, *weights, eps)
+        return found
+    whole = mixed_TW if bias is None else mixed_TW + bias
+    dim = cos.shape[-1]
+    heads = whole.view(len(whole), groups, whole.shape[1] // (groups * dim), dim)
+    query, key, value = heads.split((heads.shape[2] - 2, 1, 1), dim=2)
+    rotated = []
+    for x, weight in zip((query, key), weights, strict=True):
+        normed = (x if weight is None else F.rms_norm(x, weight.shape, weight, eps)).flatten(1, 2)
+        first, second = normed.chunk(2, dim=-1)
+        rotated.append(normed * cos + torch.cat((-second, first), dim=-1) * sin)
+    return rotated[0], rotated[1], value[:, :, 0]
 
+
+class _Heads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query_TND: Tensor, key_TGD: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """cos and sin are [T, 1, D], with the same numbers in both halves."""
-        ctx.save_for_backward(cos, sin)
-        return _rotate(query_TND, key_TGD, cos, sin, backward=False)
+        ctx: Any,
+        mixed: Tensor,
+        groups: int,
+        cos: Tensor,
+        sin: Tensor,
+        bias: Tensor | None,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mixed = mixed.contiguous()
+        norms = None if q_weight is None or k_weight is None else (q_weight, k_weight)
+        ctx.eps, ctx.norms = eps, norms is not None
+        ctx.save_for_backward(cos, sin, *((mixed, *norms) if norms else ()))
+        found: tuple[Tensor, Tensor, Tensor] = _kernels().heads_forward(
+            mixed, groups, cos, sin, bias, norms, eps
+        )
+        return found
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        query, key = grad_outputs
-        return *_rotate(query, key, cos, sin, backward=True), None, None
-
-
-def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> tuple[Tensor, Tensor]:
-    half = query.shape[-1] // 2
-    if compiles_for(query) and half & (half - 1) == 0:
-        query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
-        return _kernels().rotary(query, key, cos, sin, backward=backward)
-    sin = -sin if backward else sin
-
-    def rotated(x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-    return rotated(query), rotated(key)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, *rest = ctx.saved_tensors
+        mixed, norms = (rest[0], tuple(rest[1:])) if ctx.norms else (None, None)
+        grads = tuple(grad.contiguous() for grad in grad_outputs)
+        out, of_norms = _kernels().heads_backward(grads, mixed, cos, sin, norms, ctx.eps)
+        of_bias = out.sum(0) if ctx.needs_input_grad[4] else None
+        return out, None, None, None, of_bias, *(of_norms or (None, None)), None
 
 
 def logit_statistics(logits_RV: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:

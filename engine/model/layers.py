@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from engine.model.attention import Segments, attend
 from engine.model.context_parallel import ContextParallel
-from engine.model.fused import Rotary, rms_norm, swiglu
+from engine.model.fused import rms_norm, split_heads, swiglu
 from engine.model.head import Targets
 from engine.model.router import Balance
 from engine.model.spec import RopeSpec
@@ -176,20 +178,71 @@ def _inverse_frequencies(rope: RopeSpec, head_dim: int, max_position_embeddings:
     return ROPE_INIT_FUNCTIONS[rope.rope_type](config, torch.device("cpu"))
 
 
-def apply_rotary(query_TND: Tensor, key_TGD: Tensor, documents: DocumentParams) -> tuple[Tensor, Tensor]:
-    """Queries and keys with the rotary embedding of their positions."""
-    assert documents.cos is not None
-    assert documents.sin is not None
-    query, key = Rotary.apply(query_TND, key_TGD, documents.cos, documents.sin)
-    return query, key
+class HeadNorm(RMSNorm):
+    """The norm of queries or of keys: called without them it gives its weight, for a kernel that norms heads
+    among other things. (Megatron waits for a gathered parameter when its module is called.)
+    """
+
+    def forward(self, x: Tensor | None) -> Tensor:
+        return self.weight if x is None else super().forward(x)
+
+
+class PackedSelfAttention(SelfAttention):
+    """Megatron's self-attention over packed documents.
+
+    Rotary embedding is applied here, by position id, together with all else that stands between the fused
+    linear and attention, instead of in Megatron's attention, which knows only positions that run through the
+    whole micro-batch.
+    """
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        # With fewer groups than ranks Megatron puts heads together from several ranks.
+        self.whole_groups = self.config.num_query_groups >= self.world_size
+        if self.whole_groups and isinstance(self.linear_qkv, ColumnParallelLinear):
+            self.linear_qkv.skip_bias_add = True
+        self.documents: DocumentParams | None = None
+
+    def forward(
+        self, *arguments: Any, packed_seq_params: DocumentParams | None = None, **more: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron's."""
+        self.documents = packed_seq_params
+        try:
+            found: tuple[Tensor, Tensor | None] = super().forward(
+                *arguments, packed_seq_params=packed_seq_params, **more
+            )
+        finally:
+            self.documents = None
+        return found
+
+    def get_query_key_value_tensors(
+        self, hidden_states: Tensor, *arguments: Any, **more: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, 1, H] -> queries [T, 1, N, D], keys and values [T, 1, G, D], rotated."""
+        documents = self.documents
+        assert documents is not None
+        assert documents.cos is not None
+        assert documents.sin is not None
+        if self.whole_groups:
+            mixed, bias = self.linear_qkv(hidden_states)
+            weights = None
+            if isinstance(self.q_layernorm, HeadNorm):
+                weights = self.q_layernorm(None), self.k_layernorm(None)
+            groups, eps = self.num_query_groups_per_partition, self.config.layernorm_epsilon
+        else:
+            heads = super().get_query_key_value_tensors(hidden_states, *arguments, **more)
+            mixed, bias, weights = torch.cat(heads, dim=2).flatten(2), None, None
+            groups, eps = 1, 0.0
+            assert heads[1].shape[2] == 1, "a rank has one group"
+        query, key, value = split_heads(
+            mixed[:, 0], groups, documents.cos, documents.sin, bias=bias, norms=weights, eps=eps
+        )
+        return query[:, None], key[:, None], value[:, None]
 
 
 class CoreAttention(torch.nn.Module):
-    """Causal grouped-query attention over packed documents with torch's kernels, context-parallel or not.
-
-    Rotary embedding is applied here, by position id, instead of in Megatron's attention, which knows only
-    positions that run through the whole micro-batch.
-    """
+    """Causal grouped-query attention over packed documents with torch's kernels, context-parallel or not."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **unused: Any
@@ -211,14 +264,13 @@ class CoreAttention(torch.nn.Module):
         to itself.
         """
         assert packed_seq_params is not None
-        query, key = apply_rotary(query_TND, key_TND, packed_seq_params)
         cp, segments = packed_seq_params.context_parallel, packed_seq_params.segments
         assert segments is not None
         if cp is None:
-            return attend(query, key, value_TND, segments, self.softmax_scale).flatten(1)
+            return attend(query_TND, key_TND, value_TND, segments, self.softmax_scale).flatten(1)
         if cp.by_heads:
-            query, key, value = (cp.tokens_to_heads(x) for x in (query, key, value_TND))
+            query, key, value = (cp.tokens_to_heads(x) for x in (query_TND, key_TND, value_TND))
             return cp.heads_to_tokens(attend(query, key, value, segments, self.softmax_scale)).flatten(1)
         # One exchange for keys and values together.
-        key, value = cp.gather_tokens(torch.stack((key, value_TND), dim=1)).unbind(1)
-        return attend(query, key, value, segments, self.softmax_scale).flatten(1)
+        key, value = cp.gather_tokens(torch.stack((key_TND, value_TND), dim=1)).unbind(1)
+        return attend(query_TND, key, value, segments, self.softmax_scale).flatten(1)

@@ -15,7 +15,7 @@ from engine.config.recompute import MLP_ACTIVATION, check_recompute, granularity
 from engine.model.attention import packed_kernel
 from engine.model.experts import ExpertLayer, GroupedExperts, MixtureOfExperts, SharedExpert
 from engine.model.gpt import BraidGPTModel
-from engine.model.layers import CoreAttention, GatedMLP, LayerParts, RMSNorm
+from engine.model.layers import CoreAttention, GatedMLP, HeadNorm, LayerParts, PackedSelfAttention, RMSNorm
 from engine.model.lora import A, B, attach_lora
 from engine.model.lora_spec import LoraSpec
 from engine.model.router import Router
@@ -211,12 +211,12 @@ def attention_name(platform: Platform, head_dim: int) -> str:
 def _layer_spec(config: TransformerConfig, parts: LayerParts, dispatcher: str | None) -> Any:
     """`dispatcher` is that of the layer's experts, None for a dense layer."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.attention import SelfAttentionSubmodules
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-    qk_norm = parts.norm if config.qk_layernorm else IdentityOp
+    qk_norm = HeadNorm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=parts.norm_linear or parts.column_linear,
         core_attention=parts.core_attention,
@@ -230,7 +230,9 @@ def _layer_spec(config: TransformerConfig, parts: LayerParts, dispatcher: str | 
         submodules=TransformerLayerSubmodules(
             input_layernorm=IdentityOp if fused else parts.norm,
             self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                module=PackedSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=attention,
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=IdentityOp if dense and fused else parts.norm,

@@ -79,32 +79,143 @@ def _swiglu_backward(x, grad, out, F, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotate_heads(x, out, token, first_cos, second_cos, first_sin, second_sin, stride_token, stride_head,
-                  N, HALF: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
-    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None]
-    here = head < N
-    start = x + token * stride_token + head * stride_head + pair
-    first = tl.load(start, mask=here).to(tl.float32)
-    second = tl.load(start + HALF, mask=here).to(tl.float32)
-    target = out + token * N * 2 * HALF + head * 2 * HALF + pair
-    dtype = out.dtype.element_ty
-    tl.store(target, (first * first_cos - second * first_sin).to(dtype), mask=here)
-    tl.store(target + HALF, (second * second_cos + first * second_sin).to(dtype), mask=here)
+def _angles(cos, sin, token, sign, HALF: tl.constexpr):
+    """Of a token, for the first and the second half of a head, [1, HALF] each; the sines times `sign`."""
+    first = token * 2 * HALF + tl.arange(0, HALF)[None]
+    return (
+        tl.load(cos + first).to(tl.float32),
+        tl.load(cos + first + HALF).to(tl.float32),
+        tl.load(sin + first).to(tl.float32) * sign,
+        tl.load(sin + first + HALF).to(tl.float32) * sign,
+    )
 
 
 @triton.jit
-def _rotary(query, key, query_out, key_out, cos, sin, sign, q_token, q_head, k_token, k_head, N, G,
-            HALF: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr):  # fmt: skip
+def _turned(first, second, angles):
+    first_cos, second_cos, first_sin, second_sin = angles
+    return first * first_cos - second * first_sin, second * second_cos + first * second_sin
+
+
+@triton.jit
+def _head_weight(weight, HALF: tl.constexpr):
+    pair = tl.arange(0, HALF)[None]
+    return tl.load(weight + pair).to(tl.float32), tl.load(weight + pair + HALF).to(tl.float32)
+
+
+@triton.jit
+def _heads_forward_part(
+    x, bias, weight, out, slot, head, here, angles, eps,
+    HALF: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """Heads that stand at `slot` in a token's row become its heads `head`."""
+    pair = tl.arange(0, HALF)[None]
+    place = slot * 2 * HALF + pair
+    first = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+    second = tl.load(x + place + HALF, mask=here, other=0.0).to(tl.float32)
+    if BIAS:
+        first += tl.load(bias + place, mask=here, other=0.0).to(tl.float32)
+        second += tl.load(bias + place + HALF, mask=here, other=0.0).to(tl.float32)
+    if NORM:
+        squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+        scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+        first_weight, second_weight = _head_weight(weight, HALF)
+        first, second = first * scale * first_weight, second * scale * second_weight
+    if TURN:
+        first, second = _turned(first, second, angles)
+    target = out + head * 2 * HALF + pair
+    dtype = out.dtype.element_ty
+    tl.store(target, first.to(dtype), mask=here)
+    tl.store(target + HALF, second.to(dtype), mask=here)
+
+
+@triton.jit
+def _heads_forward(
+    mixed, bias, q_weight, k_weight, query, key, value, cos, sin, eps, G,
+    SHARE: tl.constexpr, HALF: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    place = token * 2 * HALF + tl.arange(0, HALF)[None]
-    first_cos = tl.load(cos + place).to(tl.float32)
-    second_cos = tl.load(cos + place + HALF).to(tl.float32)
-    first_sin = tl.load(sin + place).to(tl.float32) * sign
-    second_sin = tl.load(sin + place + HALF).to(tl.float32) * sign
-    _rotate_heads(query, query_out, token, first_cos, second_cos, first_sin, second_sin, q_token, q_head,
-                  N, HALF, Q_HEADS)  # fmt: skip
-    _rotate_heads(key, key_out, token, first_cos, second_cos, first_sin, second_sin, k_token, k_head,
-                  G, HALF, K_HEADS)  # fmt: skip
+    x, size = mixed + token * G * (SHARE + 2) * 2 * HALF, G * 2 * HALF
+    angles = _angles(cos, sin, token, 1.0, HALF)
+    head, group = tl.arange(0, Q_HEADS)[:, None], tl.arange(0, K_HEADS)[:, None]
+    slot, here = head // SHARE * (SHARE + 2) + head % SHARE, head < G * SHARE
+    _heads_forward_part(
+        x, bias, q_weight, query + token * SHARE * size, slot, head, here, angles, eps, HALF, BIAS, NORM, True
+    )
+    slot, here = group * (SHARE + 2) + SHARE, group < G
+    _heads_forward_part(
+        x, bias, k_weight, key + token * size, slot, group, here, angles, eps, HALF, BIAS, NORM, True
+    )
+    _heads_forward_part(
+        x, bias, k_weight, value + token * size, slot + 1, group, here, angles, eps, HALF, BIAS, False, False
+    )
+
+
+@triton.jit
+def _heads_backward_part(
+    grad, x, weight, out, slot, head, here, angles, total, eps,
+    HALF: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
+):  # fmt: skip
+    """`total` and the gradient of the norm's weight from these heads, in two halves."""
+    pair = tl.arange(0, HALF)[None]
+    source, place = grad + head * 2 * HALF + pair, slot * 2 * HALF + pair
+    first = tl.load(source, mask=here, other=0.0).to(tl.float32)
+    second = tl.load(source + HALF, mask=here, other=0.0).to(tl.float32)
+    if TURN:
+        first, second = _turned(first, second, angles)
+    if NORM:
+        first_x = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+        second_x = tl.load(x + place + HALF, mask=here, other=0.0).to(tl.float32)
+        squares = tl.sum(first_x * first_x, axis=1) + tl.sum(second_x * second_x, axis=1)
+        scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+        first_x, second_x = first_x * scale, second_x * scale
+        first_total, second_total = total
+        total = (
+            first_total + tl.sum(first * first_x, axis=0)[None],
+            second_total + tl.sum(second * second_x, axis=0)[None],
+        )
+        first_weight, second_weight = _head_weight(weight, HALF)
+        first, second = first * first_weight, second * second_weight
+        mean = (tl.sum(first * first_x, axis=1) + tl.sum(second * second_x, axis=1))[:, None] / (2 * HALF)
+        first, second = (first - first_x * mean) * scale, (second - second_x * mean) * scale
+    dtype = out.dtype.element_ty
+    tl.store(out + place, first.to(dtype), mask=here)
+    tl.store(out + place + HALF, second.to(dtype), mask=here)
+    return total
+
+
+@triton.jit(do_not_specialize=["T"])
+def _heads_backward(
+    of_query, of_key, of_value, mixed, q_weight, k_weight, out, sums, cos, sin, eps, T, G,
+    SHARE: tl.constexpr, HALF: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    size, nothing = G * 2 * HALF, tl.zeros((1, HALF), tl.float32)
+    of_q, of_k = (nothing, nothing), (nothing, nothing)
+    head, group = tl.arange(0, Q_HEADS)[:, None], tl.arange(0, K_HEADS)[:, None]
+    q_slot, k_slot = head // SHARE * (SHARE + 2) + head % SHARE, group * (SHARE + 2) + SHARE
+    for number in range(tl.program_id(0), T, tl.num_programs(0)):
+        token = tl.cast(number, tl.int64)
+        x, target = mixed + token * size * (SHARE + 2), out + token * size * (SHARE + 2)
+        angles = _angles(cos, sin, token, -1.0, HALF)
+        of_q = _heads_backward_part(
+            of_query + token * SHARE * size, x, q_weight, target, q_slot, head, head < G * SHARE, angles,
+            of_q, eps, HALF, NORM, True,
+        )  # fmt: skip
+        of_k = _heads_backward_part(
+            of_key + token * size, x, k_weight, target, k_slot, group, group < G, angles, of_k, eps,
+            HALF, NORM, True,
+        )  # fmt: skip
+        _heads_backward_part(
+            of_value + token * size, x, k_weight, target, k_slot + 1, group, group < G, angles, of_k, eps,
+            HALF, False, False,
+        )  # fmt: skip
+    if NORM:
+        at = sums + tl.program_id(0) * 4 * HALF + tl.arange(0, HALF)[None]
+        tl.store(at, of_q[0])
+        tl.store(at + HALF, of_q[1])
+        tl.store(at + 2 * HALF, of_k[0])
+        tl.store(at + 3 * HALF, of_k[1])
 
 
 @triton.jit
@@ -192,21 +303,62 @@ def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return out
 
 
-def rotary(
-    query_TND: Tensor, key_TGD: Tensor, cos: Tensor, sin: Tensor, *, backward: bool
-) -> tuple[Tensor, Tensor]:
-    """[T, N, D] and [T, G, D] whose last dimension is contiguous, D a power of 2, and [T, 1, D] contiguous ->
-    both rotated, contiguous; `backward` by the negative angle.
+def heads_forward(
+    mixed: Tensor,
+    groups: int,
+    cos: Tensor,
+    sin: Tensor,
+    bias: Tensor | None,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contiguous [T, width], as engine.model.fused.split_heads describes it; cos and sin contiguous
+    [T, 1, D], D a power of 2; a bias [width]; weights [D] of the norms of queries and keys -> [T, N, D] and
+    twice [T, G, D], contiguous.
     """
-    (tokens, heads, dim), groups = query_TND.shape, key_TGD.shape[1]
-    query_out, key_out = (x.new_empty(x.shape) for x in (query_TND, key_TGD))
+    tokens, dim = len(mixed), cos.shape[-1]
+    share = mixed.shape[-1] // (groups * dim) - 2
+    query, key, value = (mixed.new_empty(tokens, n, dim) for n in (groups * share, groups, groups))
     if tokens:
-        _rotary[(tokens,)](
-            query_TND, key_TGD, query_out, key_out, cos, sin, -1.0 if backward else 1.0,
-            query_TND.stride(0), query_TND.stride(1), key_TGD.stride(0), key_TGD.stride(1), heads, groups,
-            HALF=dim // 2, Q_HEADS=triton.next_power_of_2(heads), K_HEADS=triton.next_power_of_2(groups),
+        _heads_forward[(tokens,)](
+            mixed, bias, *(norms or (None, None)), query, key, value, cos, sin, eps, groups,
+            **_head_sizes(groups, share, dim), BIAS=bias is not None, NORM=norms is not None,
+            num_warps=4 if norms is None else 8,
         )  # fmt: skip
-    return query_out, key_out
+    return query, key, value
+
+
+def heads_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    mixed: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Gradients of queries, keys and values, contiguous, and with norms what `heads_forward` took -> those of
+    [T, width], and of the weights of the norms.
+    """
+    (tokens, heads, dim), groups = grads[0].shape, grads[1].shape[1]
+    out = grads[0].new_empty(tokens, (heads + 2 * groups) * dim)
+    programs = tokens if norms is None else min(tokens, _NORM_PROGRAMS)
+    sums = torch.empty(programs if norms else 0, 2, dim, dtype=torch.float32, device=out.device)
+    if tokens:
+        _heads_backward[(programs,)](
+            *grads, out if mixed is None else mixed, *(norms or (None, None)), out, sums, cos, sin, eps, tokens,
+            groups,
+            **_head_sizes(groups, heads // groups, dim), NORM=norms is not None,
+            num_warps=4 if norms is None else 8,
+        )  # fmt: skip
+    if norms is None:
+        return out, None
+    of_query, of_key = sums.sum(0).to(norms[0].dtype).unbind()
+    return out, (of_query, of_key)
+
+
+def _head_sizes(groups: int, share: int, dim: int) -> dict[str, int]:
+    blocks = (triton.next_power_of_2(n) for n in (groups * share, groups))
+    return {"SHARE": share, "HALF": dim // 2, **dict(zip(("Q_HEADS", "K_HEADS"), blocks, strict=True))}
 
 
 def logit_statistics(logits_MV: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:

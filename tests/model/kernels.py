@@ -90,23 +90,35 @@ def check_swiglu(like: Tensor, shape: Sequence[int]) -> None:
     assert_close(kernels.swiglu_backward(grad, x), of_x, like.dtype)
 
 
-def check_rotary(like: Tensor, tokens: int, heads: int, groups: int, dim: int) -> None:
-    """Queries and keys as they lie in the product of a fused linear: by group its queries, a key, a value."""
+def check_heads(
+    like: Tensor, tokens: int, heads: int, groups: int, dim: int, *, bias: bool = False, norms: bool = False
+) -> None:
+    """Queries, keys and values from the product of a fused linear, and back."""
     import engine.model.triton_kernels as kernels
 
-    share = heads // groups
-    fused = numbers(tokens, groups, (share + 2) * dim, like=like)
-    query = fused[:, 0, : share * dim].view(tokens, share, dim)
-    key = fused[..., share * dim : (share + 1) * dim]
-    if groups > 1:  # all queries as Megatron hands them on, and one head too many beside them
-        query = numbers(tokens, heads + 1, dim, like=like, seed=1)[:, :heads]
-    assert tokens < 2 or not key.is_contiguous()
+    width = (heads + 2 * groups) * dim
+    mixed = numbers(tokens, width, like=like, scale=2.0)
+    shift = numbers(width, like=like, seed=1) if bias else None
+    weights = tuple(numbers(dim, like=like, seed=2 + i) for i in range(2)) if norms else None
     cos, sin = tables(tokens, dim, like)
-    for backward in (False, True):
-        found = kernels.rotary(query, key, cos, sin, backward=backward)
-        for x, out in zip((query, key), found, strict=True):
-            assert out.is_contiguous()
-            assert_close(out, rotated(x, cos, -sin if backward else sin), like.dtype)
+    sizes = ((tokens, heads, dim), (tokens, groups, dim), (tokens, groups, dim))
+    grads = tuple(numbers(*size, like=like, seed=4 + i) for i, size in enumerate(sizes))
+    wide = [x.double().requires_grad_() for x in (mixed, *(weights or ()))]
+    whole = (wide[0] if shift is None else wide[0] + shift.double()).view(tokens, groups, -1, dim)
+    parts = [whole[:, :, :-2].flatten(1, 2), whole[:, :, -2], whole[:, :, -1]]
+    for i in range(2):
+        if norms:
+            scale = (parts[i].square().mean(-1, keepdim=True) + EPSILON).rsqrt()
+            parts[i] = parts[i] * scale * wide[1 + i]
+        parts[i] = rotated(parts[i], cos, sin)
+    found = kernels.heads_forward(mixed, groups, cos, sin, shift, weights, EPSILON)
+    for out, truth in zip(found, parts, strict=True):
+        assert out.is_contiguous()
+        assert_close(out, truth, like.dtype)
+    exact = torch.autograd.grad(parts, wide, [grad.double() for grad in grads])
+    of_mixed, of_norms = kernels.heads_backward(grads, mixed if norms else None, cos, sin, weights, EPSILON)
+    for gradient, truth in zip((of_mixed, *(of_norms or ())), exact, strict=True):
+        assert_close(gradient, truth, like.dtype)
 
 
 def places(rows: int, width: int, device: torch.device) -> Tensor:
@@ -160,9 +172,14 @@ def check_empty(like: Tensor) -> None:
     assert torch.equal(of_weight, torch.zeros_like(weight))
     assert kernels.swiglu_forward(nothing(0, 20)).shape == (0, 10)
     assert kernels.swiglu_backward(nothing(0, 10), nothing(0, 20)).shape == (0, 20)
-    query, key = nothing(0, 4, 16), nothing(0, 2, 16)
-    turned = kernels.rotary(query, key, *tables(0, 16, like), backward=False)
-    assert [x.shape for x in turned] == [query.shape, key.shape]
+    angles, width = tables(0, 16, like), 8 * 16
+    heads = kernels.heads_forward(nothing(0, width), 2, *angles, None, None, EPSILON)
+    assert [x.shape for x in heads] == [(0, 4, 16), (0, 2, 16), (0, 2, 16)]
+    pair = (numbers(16, like=like), numbers(16, like=like))
+    found, of_norms = kernels.heads_backward(heads, nothing(0, width), *angles, pair, EPSILON)
+    assert found.shape == (0, width)
+    assert of_norms is not None
+    assert not any(x.any() for x in of_norms)
     assert [x.shape for x in kernels.logit_statistics(nothing(0, 9), labels)] == [(0,)] * 3
     kernels.logit_gradients(nothing(0, 9), labels, scales, torch.ones((), device=like.device))
 
@@ -206,8 +223,10 @@ SMALL: Mapping[str, Check] = {
     "norm wider than a block": lambda like: check_norm(like, (3, 5000)),
     "swiglu": lambda like: check_swiglu(like, (6, 1, 1030)),
     "swiglu, narrow": lambda like: check_swiglu(like, (3, 7)),
-    "rotary, one group": lambda like: check_rotary(like, 9, 4, 1, 16),
-    "rotary, heads no power of 2": lambda like: check_rotary(like, 5, 28, 4, 8),
+    "heads, one group": lambda like: check_heads(like, 9, 4, 1, 16),
+    "heads with a bias, no power of 2": lambda like: check_heads(like, 5, 28, 4, 8, bias=True),
+    "normed heads": lambda like: check_heads(like, 5, 6, 2, 16, norms=True),
+    "normed heads, several tokens of a program": lambda like: check_heads(like, 601, 2, 1, 8, norms=True),
     "logits, narrow": lambda like: check_logits(like, 7, 130),
     "logits, several blocks": lambda like: check_logits(like, 8, 9001),
     "empty": check_empty,
@@ -226,10 +245,10 @@ LARGE: Mapping[str, Check] = {
     "norm, hidden 5120": lambda like: check_norm(like, (1000, 1, 5120)),
     "norm of heads, 128": lambda like: check_norm(like, (2049, 40, 128)),
     "swiglu, F 18944": lambda like: check_swiglu(like, (2051, 1, 18944)),
-    "rotary, 28 / 4 heads of 128": lambda like: check_rotary(like, 4099, 28, 4, 128),
-    "rotary, 40 / 8 heads of 128": lambda like: check_rotary(like, 4099, 40, 8, 128),
-    "rotary, 28 / 4 heads of 64": lambda like: check_rotary(like, 4099, 28, 4, 64),
-    "rotary, 40 / 8 heads of 64": lambda like: check_rotary(like, 4099, 40, 8, 64),
+    "28 / 4 heads of 128": lambda like: check_heads(like, 4099, 28, 4, 128, bias=True),
+    "40 / 8 heads of 128, normed": lambda like: check_heads(like, 4099, 40, 8, 128, norms=True),
+    "28 / 4 heads of 64": lambda like: check_heads(like, 4099, 28, 4, 64),
+    "64 / 8 heads of 64, normed": lambda like: check_heads(like, 4099, 64, 8, 64, norms=True),
     "logits of 152064": lambda like: check_logits(like, 517, 152064),
     "logits of 151665": lambda like: check_logits(like, 33, 151665),
 }

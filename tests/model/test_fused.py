@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.model import fused
-from engine.model.fused import Rotary, logit_statistics, logits_to_gradients, rms_norm, swiglu
+from engine.model.fused import logit_statistics, logits_to_gradients, rms_norm, split_heads, swiglu
 from engine.runtime.kernels import can_compile
 from tests.model.kernels import (
     BOUNDS,
@@ -115,29 +115,38 @@ def test_swiglu_of_a_view(like: Tensor, bound: float) -> None:
     follows(swiglu, swiglu_formula, x, bound=bound)
 
 
+HEADS = {"alone": (False, False), "with a bias": (True, False), "normed": (False, True)}
+
+
+@pytest.mark.parametrize("case", HEADS)
 @pytest.mark.parametrize("dim", [16, 24, 128])  # half of 24 is no power of 2
-def test_rotary_rotates_views_of_a_fused_product(like: Tensor, bound: float, dim: int) -> None:
-    """Values and gradients of both, whose upstream gradients are views too."""
-    qkv = numbers(9, 2, 4 * dim, like=like)
-    query = qkv[..., : 2 * dim].unflatten(-1, (2, dim))[:, 1]
-    key = qkv[..., 2 * dim : 3 * dim]
-    assert not query.is_contiguous()
-    assert not key.is_contiguous()
-    cos, sin = tables(9, dim, like)
-    follows(
-        lambda q, k: torch.cat(Rotary.apply(q, k, cos, sin), dim=1),
-        lambda q, k: torch.cat((rotated(q, cos, sin), rotated(k, cos, sin)), dim=1),
-        query,
-        key,
-        bound=bound,
-    )
+def test_heads_of_a_fused_product(like: Tensor, bound: float, dim: int, case: str) -> None:
+    """Values and gradients, whose upstream gradients are views."""
+    biased, normed = HEADS[case]
+    tokens, heads, groups = 9, 4, 2
+    width = (heads + 2 * groups) * dim
+    inputs = [numbers(2 * tokens, width, like=like)[::2]]
+    assert not inputs[0].is_contiguous()
+    inputs += [numbers(width, like=like, seed=1)] if biased else []
+    inputs += [numbers(dim, like=like, seed=2 + i) for i in range(2)] if normed else []
+    cos, sin = tables(tokens, dim, like)
 
+    def split(mixed: Tensor, *more: Tensor) -> Tensor:
+        bias, norms = (more[0] if biased else None), (more if normed else None)
+        found = split_heads(mixed, groups, cos, sin, bias=bias, norms=norms, eps=EPSILON)
+        assert [x.shape for x in found] == [(tokens, n, dim) for n in (heads, groups, groups)]
+        return torch.cat(found, dim=1)
 
-def test_rotary_backward_is_the_derivative() -> None:
-    query = torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True)
-    key = torch.randn(3, 2, 8, dtype=torch.float64, requires_grad=True)
-    cos, sin = tables(3, 8, query)
-    assert torch.autograd.gradcheck(lambda q, k: Rotary.apply(q, k, cos, sin), (query, key))
+    def formula(mixed: Tensor, *more: Tensor) -> Tensor:
+        whole = (mixed + more[0] if biased else mixed).reshape(tokens, groups, -1, dim)
+        parts = [whole[:, :, :-2].flatten(1, 2), whole[:, :, -2], whole[:, :, -1]]
+        for i in range(2):
+            if normed:
+                parts[i] = parts[i] * (parts[i].square().mean(-1, keepdim=True) + EPSILON).rsqrt() * more[i]
+            parts[i] = rotated(parts[i], cos, sin)
+        return torch.cat(parts, dim=1)
+
+    follows(split, formula, *inputs, bound=bound)
 
 
 def test_nothing_in_gives_nothing_out(like: Tensor) -> None:
@@ -148,9 +157,9 @@ def test_nothing_in_gives_nothing_out(like: Tensor) -> None:
     x = numbers(0, 1, 48, like=like).requires_grad_()
     swiglu(x).sum().backward()
     assert x.grad.shape == x.shape
-    pair = [numbers(0, heads, 16, like=like).requires_grad_() for heads in (4, 2)]
-    sum(out.sum() for out in Rotary.apply(*pair, *tables(0, 16, like))).backward()
-    assert [x.grad.shape for x in pair] == [(0, 4, 16), (0, 2, 16)]
+    x = numbers(0, 8 * 16, like=like).requires_grad_()
+    sum(out.sum() for out in split_heads(x, 2, *tables(0, 16, like))).backward()
+    assert x.grad.shape == x.shape
     none = torch.zeros(0, dtype=torch.int64, device=like.device)
     assert [x.shape for x in logit_statistics(numbers(0, 9, like=like), none)] == [(0,)] * 3
 
@@ -221,14 +230,14 @@ def test_on_a_gpu_every_operation_is_a_kernel(counted: list[str]) -> None:
     like = torch.zeros((), dtype=torch.bfloat16, device="cuda")
     x, weight = numbers(4, 64, like=like).requires_grad_(), numbers(64, like=like).requires_grad_()
     swiglu(rms_norm(x, weight, EPSILON)).sum().backward()
-    pair = [numbers(4, heads, 16, like=like).requires_grad_() for heads in (4, 2)]
-    sum(out.sum() for out in Rotary.apply(*pair, *tables(4, 16, like))).backward()
+    mixed = numbers(4, 8 * 16, like=like).requires_grad_()
+    sum(out.sum() for out in split_heads(mixed, 2, *tables(4, 16, like))).backward()
     logits, labels = numbers(4, 9, like=like), places(4, 9, like.device)
     maxima, sums, _ = logit_statistics(logits, labels)
     logits_to_gradients(logits, labels, maxima + sums.log(), torch.ones((), device="cuda"))
-    both_ways = [f"{name}_{way}" for name in ("norm", "swiglu") for way in ("forward", "backward")]
+    both_ways = [f"{name}_{way}" for name in ("norm", "swiglu", "heads") for way in ("forward", "backward")]
     once = ["logit_statistics", "logit_gradients"]
-    assert sorted(counted) == sorted([*both_ways, *once, "rotary", "rotary"])
+    assert sorted(counted) == sorted([*both_ways, *once])
 
 
 @pytest.mark.gpu
