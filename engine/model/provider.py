@@ -301,7 +301,7 @@ def build_chunks(
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=spec.tied_embeddings,
-            # Rotary embedding by position id happens in the core attention.
+            # Rotary embedding goes by position id; see PackedSelfAttention.
             position_embedding_type="none",
             vp_stage=vp_stage,
         )

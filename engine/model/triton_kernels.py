@@ -345,9 +345,8 @@ def heads_backward(
     sums = torch.empty(programs if norms else 0, 2, dim, dtype=torch.float32, device=out.device)
     if tokens:
         _heads_backward[(programs,)](
-            *grads, out if mixed is None else mixed, *(norms or (None, None)), out, sums, cos, sin, eps, tokens,
-            groups,
-            **_head_sizes(groups, heads // groups, dim), NORM=norms is not None,
+            *grads, out if mixed is None else mixed, *(norms or (None, None)), out, sums, cos, sin, eps,
+            tokens, groups, **_head_sizes(groups, heads // groups, dim), NORM=norms is not None,
             num_warps=4 if norms is None else 8,
         )  # fmt: skip
     if norms is None:
