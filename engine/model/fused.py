@@ -19,28 +19,39 @@ def _kernels() -> Any:
 
 
 class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x = x.contiguous()
-        out, scales = _kernels().norm_forward(x, weight, eps)
-        ctx.save_for_backward(x, weight, scales)
-        return out
+    """The norm of x, and x: what comes back for the latter is added in the norm's own backward pass."""
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        source = x.contiguous()
+        out, scales = _kernels().norm_forward(source, weight, eps)
+        ctx.save_for_backward(source, weight, scales)
+        return out, x
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scales = ctx.saved_tensors
+        grad, residual = (None if grad is None else grad.contiguous() for grad in grad_outputs)
+        if grad is None:
+            return residual, None, None
         grads = _kernels().norm_backward(
-            grad_outputs[0].contiguous(), x, weight, scales, wants_weight=ctx.needs_input_grad[1]
+            grad, x, weight, scales, residual, wants_weight=ctx.needs_input_grad[1]
         )
         return *grads, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich, 2019)."""
+    return rms_norm_and_input(x, weight, eps)[0]
+
+
+def rms_norm_and_input(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm`, and x for whoever else reads it, so that both gradients of x are one."""
     if compiles_for(x):
-        out: Tensor = _RmsNorm.apply(x, weight, eps)
-        return out
-    return F.rms_norm(x, weight.shape, weight, eps)
+        found: tuple[Tensor, Tensor] = _RmsNorm.apply(x, weight, eps)
+        return found
+    return F.rms_norm(x, weight.shape, weight, eps), x
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -53,7 +64,8 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return _kernels().swiglu_backward(grad_outputs[0].contiguous(), x)
+        out, _ = _kernels().swiglu_backward(grad_outputs[0].contiguous(), x, wants_active=False)
+        return out
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -63,6 +75,17 @@ def swiglu(x: Tensor) -> Tensor:
         return out
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def swiglu_again(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """What `swiglu` made of x, [..., F], and the gradient of x, from that of the former."""
+    if compiles_for(x):
+        of_x, active = _kernels().swiglu_backward(grad.contiguous(), x.contiguous(), wants_active=True)
+        return active, of_x
+    with torch.enable_grad():
+        source = x.detach().requires_grad_()
+        again = swiglu(source)
+    return again.detach(), torch.autograd.grad(again, source, grad)[0]
 
 
 def split_heads(

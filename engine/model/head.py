@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from engine.model.fused import logit_statistics, logits_to_gradients
-from engine.runtime.kernels import add_product
+from engine.runtime.kernels import add_product, product
 
 # Logits that exist at once. On a GPU few large products are fast; on a CPU whole passes stay near the cache.
 _BLOCK_BYTES = {"cuda": 2**31, "cpu": 2**26}
@@ -166,6 +166,18 @@ def _losses(logits_RV: Tensor, places: Tensor, group: dist.ProcessGroup | None) 
         maxima, (sums, picked) = highest, both.unbind()
     normalizer = maxima + sums.log()
     return normalizer - picked, normalizer
+
+
+def give_gradient(weight: Tensor, grads: Tensor, inputs: Tensor) -> Tensor:
+    """Add the gradient of a weight [out, in], from those of a linear's outputs [T, out] and its inputs
+    [T, in], to Megatron's buffer in the product itself; what a backward pass then returns for it. Without a
+    buffer that is the gradient.
+    """
+    buffer = getattr(weight, "main_grad", None)
+    if buffer is None:
+        return product(grads.T, inputs).to(weight.dtype)
+    add_product(buffer, grads.T, inputs)
+    return _added(weight)
 
 
 def _added(weight: Tensor) -> Tensor:

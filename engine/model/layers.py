@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from engine.model.attention import Segments, attend
 from engine.model.context_parallel import ContextParallel
-from engine.model.fused import rms_norm, split_heads, swiglu
-from engine.model.head import Targets
+from engine.model.fused import rms_norm, rms_norm_and_input, split_heads, swiglu, swiglu_again
+from engine.model.head import Targets, give_gradient
 from engine.model.router import Balance
 from engine.model.spec import RopeSpec
+from engine.runtime import mcore
 
 
 @dataclasses.dataclass
@@ -74,10 +75,14 @@ class LayerParts:
     column_linear: type
     row_linear: type
     norm: type
+    residual_norm: type
+    """Before attention and MLP."""
     core_attention: type
     shared_expert: type
     norm_linear: type | None = None
     """A column-parallel linear with the norm before it in itself; None: norms are modules of their own."""
+    gated_linear: type | None = None
+    """The second linear of a dense MLP with silu(gate) * up in itself; None: `row_linear`."""
     recompute_activation: bool = False
     """silu(gate) * up of a dense MLP is computed again in the backward pass."""
 
@@ -123,9 +128,11 @@ class GatedMLP(MLP):
     def forward(self, hidden_states: Tensor, *unused: Any, **more: Any) -> tuple[Tensor, Tensor | None]:
         """[T, 1, H] -> [T, 1, H] and no bias."""
         both, _ = self.linear_fc1(hidden_states)
-        if not self.recompute_activation or not self.training:
-            return self.linear_fc2(swiglu(both))
+        if isinstance(self.linear_fc2, GatedRowParallelLinear):
+            return self.linear_fc2(both)
         active = swiglu(both)
+        if not self.recompute_activation or not self.training:
+            return self.linear_fc2(active)
         address, source = active.untyped_storage().data_ptr(), both.detach()
 
         def drop(saved: Tensor) -> Any:
@@ -136,6 +143,34 @@ class GatedMLP(MLP):
 
         with torch.autograd.graph.saved_tensors_hooks(drop, restore):
             return self.linear_fc2(active)
+
+
+class GatedRowParallelLinear(RowParallelLinear):
+    """The second linear of a gated MLP with silu(gate) * up before it, which is computed again in the
+    backward pass by the kernel that differentiates it.
+    """
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *unused: Any, **more: Any) -> Tensor:
+        """Gate before up [T, 1, 2 F] of this rank -> [T, 1, H], this rank's part of the sum."""
+        out: Tensor = _GatedProduct.apply(input, weight)
+        return out
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(both, weight)
+        ctx.weight = weight  # the parameter itself, which has the gradient buffer
+        return swiglu(both) @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        both, weight = ctx.saved_tensors
+        (grad,) = grad_outputs
+        active, of_both = swiglu_again(both, grad @ weight)
+        if not ctx.needs_input_grad[1]:
+            return of_both, None
+        return of_both, give_gradient(ctx.weight, grad.flatten(0, -2), active.flatten(0, -2))
 
 
 class RotaryTable(torch.nn.Module):
@@ -176,6 +211,17 @@ def _inverse_frequencies(rope: RopeSpec, head_dim: int, max_position_embeddings:
     )
     config.head_dim = head_dim
     return ROPE_INIT_FUNCTIONS[rope.rope_type](config, torch.device("cpu"))
+
+
+class ResidualNorm(RMSNorm):
+    """A norm before attention or an MLP, which hands the residual on where Megatron's layer takes it from
+    there.
+    """
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+        if mcore.norms_give_residuals():
+            return rms_norm_and_input(x, self.weight, self.eps)
+        return super().forward(x)
 
 
 class HeadNorm(RMSNorm):

@@ -15,7 +15,16 @@ from engine.config.recompute import MLP_ACTIVATION, check_recompute, granularity
 from engine.model.attention import packed_kernel
 from engine.model.experts import ExpertLayer, GroupedExperts, MixtureOfExperts, SharedExpert
 from engine.model.gpt import BraidGPTModel
-from engine.model.layers import CoreAttention, GatedMLP, HeadNorm, LayerParts, PackedSelfAttention, RMSNorm
+from engine.model.layers import (
+    CoreAttention,
+    GatedMLP,
+    GatedRowParallelLinear,
+    HeadNorm,
+    LayerParts,
+    PackedSelfAttention,
+    ResidualNorm,
+    RMSNorm,
+)
 from engine.model.lora import A, B, attach_lora
 from engine.model.lora_spec import LoraSpec
 from engine.model.router import Router
@@ -193,7 +202,10 @@ def layer_parts(platform: Platform, recompute: RecomputeOptions, *, lora: bool) 
     return LayerParts(
         column_linear=ColumnParallelLinear,
         row_linear=RowParallelLinear,
+        # LoRA reads what goes into the linear.
+        gated_linear=GatedRowParallelLinear if recompute_activation and not lora else None,
         norm=RMSNorm,
+        residual_norm=ResidualNorm,
         core_attention=CoreAttention,
         shared_expert=SharedExpert,
         recompute_activation=recompute_activation,
@@ -228,14 +240,14 @@ def _layer_spec(config: TransformerConfig, parts: LayerParts, dispatcher: str | 
     return ModuleSpec(
         module=TransformerLayer if dense else ExpertLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=IdentityOp if fused else parts.norm,
+            input_layernorm=IdentityOp if fused else parts.residual_norm,
             self_attention=ModuleSpec(
                 module=PackedSelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=attention,
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=IdentityOp if dense and fused else parts.norm,
+            pre_mlp_layernorm=IdentityOp if dense and fused else parts.residual_norm,
             mlp=_mlp_spec(parts, dispatcher),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={} if fused else canonical_norms(experts=not dense),
@@ -250,7 +262,8 @@ def _mlp_spec(parts: LayerParts, dispatcher: str | None) -> Any:
 
     if dispatcher is None:
         linears = MLPSubmodules(
-            linear_fc1=parts.norm_linear or parts.column_linear, linear_fc2=parts.row_linear
+            linear_fc1=parts.norm_linear or parts.column_linear,
+            linear_fc2=parts.gated_linear or parts.row_linear,
         )
         return ModuleSpec(
             module=GatedMLP,

@@ -27,6 +27,7 @@ def te_parts(*, fused_norm: bool, recompute_activation: bool) -> LayerParts:
         column_linear=TEColumnParallelLinear,
         row_linear=TERowParallelLinear,
         norm=TENorm,
+        residual_norm=TENorm,
         core_attention=TEDotProductAttention,
         shared_expert=TESharedExpert,
         recompute_activation=recompute_activation,

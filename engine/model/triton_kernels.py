@@ -31,8 +31,8 @@ def _norm_forward(x, weight, out, scales, rows, eps, H, ROWS: tl.constexpr, COLU
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_backward(
-    x, weight, grad, scales, out, sums, rows, H,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WEIGHT: tl.constexpr,
+    x, weight, grad, residual, scales, out, sums, rows, H,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WEIGHT: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, COLUMNS)
     factor = tl.load(weight + column, mask=column < H, other=0.0).to(tl.float32)
@@ -48,7 +48,10 @@ def _norm_backward(
             total += tl.sum(value * gradient, axis=0)
         gradient *= factor[None]
         mean = tl.sum(value * gradient, axis=1)[:, None] / H
-        tl.store(out + place, ((gradient - value * mean) * scale).to(out.dtype.element_ty), mask=here)
+        gradient = (gradient - value * mean) * scale
+        if RESIDUAL:
+            gradient += tl.load(residual + place, mask=here, other=0.0).to(tl.float32)
+        tl.store(out + place, gradient.to(out.dtype.element_ty), mask=here)
     if WEIGHT:
         tl.store(sums + tl.program_id(0) * H + column, total, mask=column < H)
 
@@ -64,7 +67,7 @@ def _swiglu_forward(x, out, F, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_backward(x, grad, out, F, BLOCK: tl.constexpr):
+def _swiglu_backward(x, grad, out, active, F, BLOCK: tl.constexpr, ACTIVE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = column < F
@@ -76,6 +79,8 @@ def _swiglu_backward(x, grad, out, F, BLOCK: tl.constexpr):
     dtype = out.dtype.element_ty
     tl.store(out + row * 2 * F + column, of_gate.to(dtype), mask=here)
     tl.store(out + row * 2 * F + F + column, (gradient * gate * share).to(dtype), mask=here)
+    if ACTIVE:
+        tl.store(active + row * F + column, (gate * share * up).to(dtype), mask=here)
 
 
 @triton.jit
@@ -268,9 +273,11 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
 
 
 def norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, scales: Tensor, *, wants_weight: bool
+    grad: Tensor, x: Tensor, weight: Tensor, scales: Tensor, residual: Tensor | None, *, wants_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and, where it is wanted, of the weight, in their dtypes; all contiguous."""
+    """Gradients of x, to which `residual` is added, and where it is wanted of the weight, in their dtypes;
+    all contiguous.
+    """
     columns = x.shape[-1]
     rows, out = x.numel() // columns, torch.empty_like(x)
     width = triton.next_power_of_2(columns)
@@ -278,8 +285,8 @@ def norm_backward(
     programs = max(1, min(_NORM_PROGRAMS, triton.cdiv(rows, height)))
     sums = torch.empty(programs if wants_weight else 0, columns, dtype=torch.float32, device=x.device)
     _norm_backward[(programs,)](
-        x, weight, grad, scales, out, sums, rows, columns,
-        ROWS=height, COLUMNS=width, WEIGHT=wants_weight, num_warps=8,
+        x, weight, grad, residual, scales, out, sums, rows, columns,
+        ROWS=height, COLUMNS=width, WEIGHT=wants_weight, RESIDUAL=residual is not None, num_warps=8,
     )  # fmt: skip
     return out, sums.sum(0).to(weight.dtype) if wants_weight else None
 
@@ -294,13 +301,16 @@ def swiglu_forward(x: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
-    """Contiguous [..., F] and [..., 2 F] -> the gradient of x."""
+def swiglu_backward(grad: Tensor, x: Tensor, *, wants_active: bool) -> tuple[Tensor, Tensor | None]:
+    """Contiguous [..., F] and [..., 2 F] -> the gradient of x, and what `swiglu_forward` makes of it."""
     width, out = x.shape[-1] // 2, torch.empty_like(x)
+    active = torch.empty_like(grad) if wants_active else None
     rows = grad.numel() // width
     if rows:
-        _swiglu_backward[(rows, triton.cdiv(width, 1024))](x, grad, out, width, BLOCK=1024)
-    return out
+        _swiglu_backward[(rows, triton.cdiv(width, 1024))](
+            x, grad, out, active, width, BLOCK=1024, ACTIVE=wants_active
+        )
+    return out, active
 
 
 def heads_forward(

@@ -6,6 +6,7 @@ Transformer Engine needs adapted, is done here, so that the rest of the engine c
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import logging
 import os
@@ -222,6 +223,14 @@ def known_fields(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     """`values` without the entries that this version's dataclass does not have."""
     names = {field.name for field in dataclasses.fields(config_class)}
     return {name: value for name, value in values.items() if name in names}
+
+
+@functools.cache
+def norms_give_residuals() -> bool:
+    """Whether Megatron's layers take the residual from a norm that returns it beside its result."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return "fused_residual_rmsnorm" in {field.name for field in dataclasses.fields(TransformerConfig)}
 
 
 def virtual_stages(layout: ParallelLayout) -> Iterator[int | None]:

@@ -67,13 +67,18 @@ def check_norm(like: Tensor, shape: Sequence[int]) -> None:
     out, kept = kernels.norm_forward(x, weight, EPSILON)
     assert_close(out, wanted, like.dtype)
     assert_close(kept, scales.flatten(), torch.float32)
-    found_x, found_weight = kernels.norm_backward(grad, x, weight, kept, wants_weight=True)
+    found_x, found_weight = kernels.norm_backward(grad, x, weight, kept, None, wants_weight=True)
     assert found_weight is not None
     assert_close(found_x, of_x, like.dtype)
     assert_close(found_weight, of_weight, like.dtype)
-    frozen_x, nothing = kernels.norm_backward(grad, x, weight, kept, wants_weight=False)
+    frozen_x, nothing = kernels.norm_backward(grad, x, weight, kept, None, wants_weight=False)
     assert nothing is None
     assert torch.equal(frozen_x, found_x)
+    residual = numbers(*shape, like=like, seed=3)
+    both, again = kernels.norm_backward(grad, x, weight, kept, residual, wants_weight=True)
+    assert_close(both, of_x + residual.double(), like.dtype)
+    assert again is not None
+    assert torch.equal(again, found_weight)
 
 
 def check_swiglu(like: Tensor, shape: Sequence[int]) -> None:
@@ -87,7 +92,12 @@ def check_swiglu(like: Tensor, shape: Sequence[int]) -> None:
     wanted = gate / (1 + (-gate).exp()) * up
     (of_x,) = torch.autograd.grad(wanted, wide, grad.double())
     assert_close(kernels.swiglu_forward(x), wanted, like.dtype)
-    assert_close(kernels.swiglu_backward(grad, x), of_x, like.dtype)
+    for wants_active in (False, True):
+        found, active = kernels.swiglu_backward(grad, x, wants_active=wants_active)
+        assert_close(found, of_x, like.dtype)
+        assert (active is not None) == wants_active
+        if active is not None:
+            assert torch.equal(active, kernels.swiglu_forward(x))
 
 
 def check_heads(
@@ -166,12 +176,15 @@ def check_empty(like: Tensor) -> None:
     weight, labels = nothing(48), torch.zeros(0, dtype=torch.int64, device=like.device)
     out, scales = kernels.norm_forward(nothing(0, 1, 48), weight, EPSILON)
     assert out.shape == (0, 1, 48)
-    found, of_weight = kernels.norm_backward(out, out, weight, scales, wants_weight=True)
+    found, of_weight = kernels.norm_backward(out, out, weight, scales, None, wants_weight=True)
     assert found.shape == out.shape
     assert of_weight is not None
     assert torch.equal(of_weight, torch.zeros_like(weight))
     assert kernels.swiglu_forward(nothing(0, 20)).shape == (0, 10)
-    assert kernels.swiglu_backward(nothing(0, 10), nothing(0, 20)).shape == (0, 20)
+    found, active = kernels.swiglu_backward(nothing(0, 10), nothing(0, 20), wants_active=True)
+    assert found.shape == (0, 20)
+    assert active is not None
+    assert active.shape == (0, 10)
     angles, width = tables(0, 16, like), 8 * 16
     heads = kernels.heads_forward(nothing(0, width), 2, *angles, None, None, EPSILON)
     assert [x.shape for x in heads] == [(0, 4, 16), (0, 2, 16), (0, 2, 16)]

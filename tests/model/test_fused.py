@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from engine.model import fused
-from engine.model.fused import logit_statistics, logits_to_gradients, rms_norm, split_heads, swiglu
+from engine.model.fused import (
+    logit_statistics,
+    logits_to_gradients,
+    rms_norm,
+    rms_norm_and_input,
+    split_heads,
+    swiglu,
+    swiglu_again,
+)
 from engine.runtime.kernels import can_compile
 from tests.model.kernels import (
     BOUNDS,
@@ -81,6 +89,25 @@ def test_norm_equals_its_formula(like: Tensor, bound: float, shape: tuple[int, .
     follows(lambda x, w: rms_norm(x, w, EPSILON), norm_formula, x, weight, bound=bound)
 
 
+@pytest.mark.parametrize("used", ["both", "norm", "input"])
+def test_norm_hands_its_input_on(like: Tensor, bound: float, used: str) -> None:
+    """Gradients of a residual connection come together, whichever of the two is read."""
+
+    def chosen(normed: Tensor, x: Tensor) -> Tensor:
+        return {"both": normed + 2 * x, "norm": normed, "input": 2 * x}[used]
+
+    x, weight = numbers(5, 1, 100, like=like), 1 + numbers(100, like=like, scale=0.3, seed=1)
+    inputs = (x,) if used == "input" else (x, weight)
+
+    def fused(x: Tensor, w: Tensor = weight) -> Tensor:
+        return chosen(*rms_norm_and_input(x, w, EPSILON))
+
+    def formula(x: Tensor, w: Tensor = weight) -> Tensor:
+        return chosen(norm_formula(x, w), x)
+
+    follows(fused, formula, *inputs, bound=bound)
+
+
 def test_norm_of_the_queries_within_a_fused_product(like: Tensor, bound: float) -> None:
     """Megatron hands q and k on as views of the product of the fused linear."""
     both = numbers(9, 1, 6, 32, like=like)
@@ -113,6 +140,14 @@ def test_swiglu_of_a_view(like: Tensor, bound: float) -> None:
     x = numbers(40, 7, like=like).T
     assert not x.is_contiguous()
     follows(swiglu, swiglu_formula, x, bound=bound)
+
+
+def test_swiglu_again_is_its_backward_pass_and_its_value(like: Tensor) -> None:
+    x, grad = numbers(6, 1, 2060, like=like).requires_grad_(), numbers(6, 1, 1030, like=like, seed=1)
+    out = swiglu(x)
+    (of_x,) = torch.autograd.grad(out, x, grad)
+    for found, wanted in zip(swiglu_again(x.detach(), grad), (out, of_x), strict=True):
+        assert torch.equal(found, wanted)
 
 
 HEADS = {"alone": (False, False), "with a bias": (True, False), "normed": (False, True)}

@@ -78,7 +78,7 @@ def kept_bytes(
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_mlp_act_keeps_one_activation_a_layer_less(workers: WorkerPool, tmp_path: Path, lora: bool) -> None:
+def test_mlp_act_keeps_no_activation(workers: WorkerPool, tmp_path: Path, lora: bool) -> None:
     shape = {"hidden_size": 32, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS}
     directory = save_tiny_model("qwen2_untied", tmp_path / "model", **shape)
     adapter = str(save_adapter(directory, tmp_path / "adapter")) if lora else None
@@ -89,6 +89,7 @@ def test_mlp_act_keeps_one_activation_a_layer_less(workers: WorkerPool, tmp_path
         return found
 
     (everything, left), (less, also_left) = measure(), measure("mlp_act")
-    assert everything - less == LAYERS * ACTIVATION
+    # Plain torch keeps silu(gate) too, for the product with up; in the whole linear it is computed again.
+    assert everything - less == LAYERS * ACTIVATION * (1 if lora else 2)
     # The backward pass, too, lets go of what it computed again.
     assert max(left, also_left) < ACTIVATION / 20
