@@ -240,6 +240,17 @@ def _check_stored_moments(config: SftConfig) -> None:
             f"exp_avg_sq_dtype bfloat16 with adam_beta2 {options.adam_beta2} would never forget a gradient; "
             f"take adam_beta2 of at most 0.99, or float32"
         )
+    if not options.optimizer_cpu_offload:
+        return
+    if not options.use_distributed_optimizer:
+        raise ConfigError("optimizer_cpu_offload needs use_distributed_optimizer; leave it on")
+    if not 0 < options.optimizer_offload_fraction <= 1:
+        fraction = options.optimizer_offload_fraction
+        raise ConfigError(f"optimizer_offload_fraction must be above 0 and at most 1, not {fraction}")
+    if "bfloat16" in (options.exp_avg_dtype, options.exp_avg_sq_dtype):
+        raise ConfigError(
+            "exp_avg_dtype and exp_avg_sq_dtype are float32 with optimizer_cpu_offload; leave them out"
+        )
 
 
 def _check_experts(config: SftConfig, spec: ModelSpec) -> None:

@@ -168,6 +168,12 @@ class OptimizerOptions:
     exp_avg_sq_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of AdamW's second moments; bfloat16 needs adam_beta2 of at most 0.99."""
 
+    optimizer_cpu_offload: bool = False
+    """Keep master weights and moments in host memory, and update them there (distributed optimizer)."""
+
+    optimizer_offload_fraction: float = 1.0
+    """Share of the parameters that optimizer_cpu_offload takes."""
+
     use_distributed_optimizer: bool = True
     """Shard optimizer states over the data-parallel ranks (ZeRO-1)."""
 

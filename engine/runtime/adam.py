@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from engine.runtime.kernels import fused
+from engine.runtime.offload import Hosted, update_hosted
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -24,7 +25,7 @@ class FusedAdamW(torch.optim.Optimizer):
     """
 
     moment_dtypes: Mapping[str, torch.dtype] = {}
-    """By the state's name, exp_avg or exp_avg_sq."""
+    """By the state's name, exp_avg or exp_avg_sq; float32 for parameters in `hosted`."""
 
     def __init__(
         self,
@@ -38,6 +39,8 @@ class FusedAdamW(torch.optim.Optimizer):
     ) -> None:
         assert adam_w_mode, "only decoupled weight decay is implemented"
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.hosted: dict[Tensor, Hosted] = {}
+        """Parameters that are updated on the host."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -49,48 +52,43 @@ class FusedAdamW(torch.optim.Optimizer):
             done = int(group.get("step", 0))
             group["step"] = done + 1
             for param in params:
-                if not self.state[param]:
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        dtype = self.moment_dtypes.get(name, param.dtype)
-                        self.state[param][name] = torch.zeros_like(param, dtype=dtype)
-            first = [self.state[param]["exp_avg"] for param in params]
-            second = [self.state[param]["exp_avg_sq"] for param in params]
-            if {state.dtype for state in first + second} == {param.dtype for param in params}:
-                self._step_with_torch(group, params, first, second, done)
-            else:
-                self._step_mixed(group, params, first, second, done)
+                self._make_state(param)
+            if here := [param for param in params if param not in self.hosted]:
+                self._step_here(group, here, done)
+            self._step_on_host(group, [self.hosted[param] for param in params if param in self.hosted], done)
 
-    def _step_with_torch(
-        self,
-        group: Mapping[str, Any],
-        params: list[Tensor],
-        exp_avgs: list[Tensor],
-        exp_avg_sqs: list[Tensor],
-        done: int,
-    ) -> None:
-        adamw(
-            params,
-            [param.grad for param in params if param.grad is not None],
-            exp_avgs,
-            exp_avg_sqs,
-            [],
-            # The kernel adds one to the step itself, and wants it where the parameter is.
-            [torch.full((), float(done), device=param.device) for param in params],
-            foreach=False,
-            capturable=False,
-            differentiable=False,
-            fused=True,
-            grad_scale=None,
-            found_inf=None,
-            has_complex=False,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+    def make_states(self) -> None:
+        """Moments, zero, for all parameters that have none yet."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._make_state(param)
+
+    def _make_state(self, param: Tensor) -> None:
+        if self.state[param]:
+            return
+        for name in ("exp_avg", "exp_avg_sq"):
+            if param in self.hosted:
+                self.state[param][name] = torch.zeros_like(self.hosted[param].master)
+            else:
+                dtype = self.moment_dtypes.get(name, param.dtype)
+                self.state[param][name] = torch.zeros_like(param, dtype=dtype)
+
+    def _step_here(self, group: Mapping[str, Any], params: list[Tensor], done: int) -> None:
+        first = [self.state[param]["exp_avg"] for param in params]
+        second = [self.state[param]["exp_avg_sq"] for param in params]
+        if {state.dtype for state in first + second} == {param.dtype for param in params}:
+            gradients = [param.grad for param in params if param.grad is not None]
+            _step_with_torch(group, params, gradients, first, second, done)
+        else:
+            self._step_mixed(group, params, first, second, done)
+
+    def _step_on_host(self, group: Mapping[str, Any], items: list[Hosted], done: int) -> None:
+        def update(item: Hosted, part: slice, gradient: Tensor) -> None:
+            state = self.state[item.main]
+            first, second = state["exp_avg"][part], state["exp_avg_sq"][part]
+            _step_with_torch(group, [item.master[part]], [gradient], [first], [second], done)
+
+        update_hosted(items, update)
 
     def _step_mixed(
         self,
@@ -116,12 +114,51 @@ class FusedAdamW(torch.optim.Optimizer):
             _update(param, param.grad, exp_avg, exp_avg_sq, factors)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, which gives moments the dtype of their parameter."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            for name, dtype in self.moment_dtypes.items():
-                if name in state:
-                    state[name] = state[name].to(dtype)
+        """As torch's, but moments go where they belong, in their own dtype, and those that are there already
+        are not copied.
+        """
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            assert len(group["params"]) == len(saved["params"])
+            for number, param in zip(saved["params"], group["params"], strict=True):
+                self._make_state(param)
+                for name, own in self.state[param].items():
+                    given = state_dict["state"].get(number, {}).get(name, own)
+                    if given is not own:
+                        own.copy_(given)
+            group.update({name: value for name, value in saved.items() if name != "params"})
+
+
+def _step_with_torch(
+    group: Mapping[str, Any],
+    params: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    done: int,
+) -> None:
+    adamw(
+        params,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        # The kernel adds one to the step itself, and wants it where the parameter is.
+        [torch.full((), float(done), device=param.device) for param in params],
+        foreach=False,
+        capturable=False,
+        differentiable=False,
+        fused=True,
+        grad_scale=None,
+        found_inf=None,
+        has_complex=False,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
 
 
 @fused

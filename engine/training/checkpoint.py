@@ -352,11 +352,12 @@ def sharded_state(
         for i, (model, layers) in enumerate(zip(models, groups.layout.chunks_of(groups.pp_rank), strict=True))
     }
     sharded = dict(chunks)
-    if distributed_parts(optimizer) is None:
+    if (parts := distributed_parts(optimizer)) is None:
         sharded["optimizer"] = optimizer.sharded_state_dict(chunks, is_loading=loading)
     else:
-        if loading:
-            optimizer.load_state_dict(optimizer.state_dict())  # makes room for moments where there is none
+        for part in parts if loading else []:
+            if part.optimizer is not None:  # a rank without parameters to train
+                part.optimizer.make_states()
         sharded["optimizer"] = optimizer.state_dict()
     if with_rng:
         layout = groups.layout

@@ -15,6 +15,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from engine.config.options import OptimizerOptions
 from engine.model.gpt import BraidGPTModel
 from engine.runtime import mcore
+from engine.runtime.offload import offload
 
 
 def wrap_data_parallel(
@@ -53,7 +54,9 @@ def build_optimizer(
     groups: mcore.Groups,
     dtype: torch.dtype,
 ) -> Any:
-    """AdamW over fp32 master weights. Biases and norms (one-dimensional weights) take no weight decay."""
+    """AdamW over fp32 master weights, which are on the host where that is asked for. Biases and norms
+    (one-dimensional weights) take no weight decay.
+    """
     values = {
         "optimizer": "adam",
         "lr": options.learning_rate or 0.0,  # set_learning_rate sets it before every step
@@ -83,6 +86,8 @@ def build_optimizer(
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.optimizer is not None:  # a rank without parameters to train
             part.optimizer.moment_dtypes = moments
+            if options.optimizer_cpu_offload:
+                offload(part, options.optimizer_offload_fraction)
     _guard_update(optimizer)
     _connect_schedules(models, optimizer)
     return optimizer

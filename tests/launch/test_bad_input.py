@@ -261,6 +261,18 @@ def test_rows_that_are_all_too_long(place: Place) -> None:
             "--exp_avg_dtype bfloat16 --use_distributed_optimizer false",
             "exp_avg_dtype and exp_avg_sq_dtype bfloat16 need use_distributed_optimizer",
         ),
+        (
+            "--optimizer_cpu_offload true --use_distributed_optimizer false",
+            "optimizer_cpu_offload needs use_distributed_optimizer; leave it on",
+        ),
+        (
+            "--optimizer_cpu_offload true --optimizer_offload_fraction 0",
+            "optimizer_offload_fraction must be above 0 and at most 1, not 0.0",
+        ),
+        (
+            "--optimizer_cpu_offload true --exp_avg_dtype bfloat16",
+            "exp_avg_dtype and exp_avg_sq_dtype are float32 with optimizer_cpu_offload",
+        ),
         ("--exp_avg_dtype float16", "exp_avg_dtype must be one of float32, bfloat16"),
         ("--warmup_ratio 2", "warmup_ratio must be in [0, 1], not 2.0"),
         ("--max_steps -1", "max_steps must not be negative, not -1"),

@@ -228,3 +228,22 @@ def test_a_run_may_go_on_with_moments_of_another_dtype(runs: Runs, straight: Pat
     resumed = runs.start(f"moments-into-{into}", flags, resume=source / "checkpoint-3")
     assert losses(resumed)[4] == losses(source)[4]
     assert {str(tensor.dtype) for tensor in moments(resumed / "checkpoint-6").values()} == {f"torch.{into}"}
+
+
+@pytest.mark.parametrize("fraction", ["0.4", "1"])
+def test_states_move_between_host_and_device(
+    runs: Runs, straight: Path, fraction: str, tmp_path: Path
+) -> None:
+    """Checkpoints do not tell where states were: a run that goes on with the optimizer on the host, and one
+    that goes on without it, are bitwise the run that never had it there.
+    """
+    host = [*TP2_PP2, "--optimizer_cpu_offload", "true", "--optimizer_offload_fraction", fraction]
+    resumed = runs.start(f"host-{fraction}", host, resume=straight / "checkpoint-3")
+    expected = losses(straight)
+    assert losses(resumed) == {step: expected[step] for step in (4, 5, 6)}
+    whole = runs.start(f"host-straight-{fraction}", [*host, "--save_steps", "3"])
+    assert losses(whole) == expected
+    back = runs.start(f"host-back-{fraction}", TP2_PP2, resume=whole / "checkpoint-3")
+    final = weights(straight / "checkpoint-6", tmp_path / "straight")
+    for name, run in (("resumed", resumed), ("whole", whole), ("back", back)):
+        assert_same_weights(final, weights(run / "checkpoint-6", tmp_path / name))

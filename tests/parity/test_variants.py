@@ -33,6 +33,10 @@ VARIANTS: Mapping[str, dict[str, Any]] = {
         for modules in (["mlp_act"], ["core_attn", "mlp_act"], ["mlp"], ["mlp", "mlp_act"])
     },
     "optimizer not sharded": {"optimizer": {"use_distributed_optimizer": False}},
+    "optimizer on the host": {"optimizer": {"optimizer_cpu_offload": True}},
+    "half of the optimizer on the host": {
+        "optimizer": {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 0.5}
+    },
     "nothing overlapped": {"optimizer": {"overlap_grad_reduce": False, "overlap_param_gather": False}},
     "uneven split": {"parallel": {"decoder_layers_per_stage": [1, 3]}},
     "two rows a micro-batch": {"micro_batch_size": 2},
