@@ -120,11 +120,11 @@ class FusedAdamW(torch.optim.Optimizer):
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             assert len(group["params"]) == len(saved["params"])
             for number, param in zip(saved["params"], group["params"], strict=True):
-                self._make_state(param)
-                for name, own in self.state[param].items():
-                    given = state_dict["state"].get(number, {}).get(name, own)
-                    if given is not own:
-                        own.copy_(given)
+                if given := state_dict["state"].get(number):
+                    self._make_state(param)
+                    for name, own in self.state[param].items():
+                        if given[name] is not own:
+                            own.copy_(given[name])
             group.update({name: value for name, value in saved.items() if name != "params"})
 
 
