@@ -54,7 +54,7 @@ def evaluation_loader(blueprint: Blueprint, data: "PreparedData", *, dp_rank: in
 
 
 def _stream(blueprint: Blueprint, dp_rank: int) -> "StreamLoader":
-    from engine.data.prepare import PAD_ID, load_tokenizer
+    from engine.data.prepare import PAD_ID, load_tokenizer, reading
     from engine.data.stream import Encoding, StreamLoader, StreamPlan
     from engine.data.template import ChatTemplate
 
@@ -63,6 +63,7 @@ def _stream(blueprint: Blueprint, dp_rank: int) -> "StreamLoader":
     assert max_steps is not None, "checked when the run was drawn"
     return StreamLoader(
         datasets=options.dataset,
+        how=reading(options),
         encoding=Encoding(
             template=ChatTemplate(load_tokenizer(blueprint.model_dir)),
             system=options.system,

@@ -67,6 +67,7 @@ def draw(config: SftConfig, world: World, *, damaged: Collection[Path] = ()) -> 
     """Check all settings against each other and the model; `damaged` are checkpoints not to resume from.
     Raises UserError; imports neither torch nor Megatron.
     """
+    from engine.data.hub import find_model
     from engine.data.prepare import check_options
     from engine.training.resume import TrainerState, resolve_resume
 
@@ -80,7 +81,8 @@ def draw(config: SftConfig, world: World, *, damaged: Collection[Path] = ()) -> 
     check_options(config.data)
     if config.data.streaming and config.batch.max_steps is None:
         raise ConfigError("streaming needs max_steps: how many rows will come is not known")
-    spec = load_model_spec(options.model)
+    model_dir = find_model(options.model, use_hf=config.data.use_hf)
+    spec = load_model_spec(model_dir)
     layout = lay_out(config, spec, world.size)
     output_dir = Path(run.output_dir)
     resume = resolve_resume(
@@ -100,7 +102,7 @@ def draw(config: SftConfig, world: World, *, damaged: Collection[Path] = ()) -> 
         spec=spec,
         layout=layout,
         shape=shape,
-        model_dir=Path(options.model),
+        model_dir=Path(model_dir),
         output_dir=output_dir,
         resume=resume,
         lora=lora,

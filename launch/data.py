@@ -67,9 +67,11 @@ def data(argv: Sequence[str]) -> int:
     config = read_options(argv)
     options = config.report
     _check(config)
+    from engine.data.hub import find_model
     from engine.data.survey import survey
 
     assert options.model is not None
+    options.model = find_model(options.model, use_hf=config.data.use_hf)
     found = survey(config.data, options.model, seed=options.seed, samples=options.samples)
     remarks = list(findings(found, config))
     record = as_record(found, config, remarks)

@@ -276,7 +276,7 @@ def _companions(blueprint: Blueprint) -> Callable[[Path], Any]:
         return lambda directory: write_companions(model_dir, directory)
     import torch
 
-    config, dtype = new_adapter_config(lora, str(model_dir), blueprint.spec), torch.float32
+    config, dtype = new_adapter_config(lora, str(blueprint.config.model.model), blueprint.spec), torch.float32
     if blueprint.config.lora.adapter is not None:
         adapter = open_adapter(blueprint.config.lora.adapter, blueprint.spec)
         config, dtype = adapter.config(), adapter.dtype()

@@ -13,7 +13,9 @@ class ModelOptions:
     """Which checkpoint is trained, and in which arithmetic."""
 
     model: str | None = None
-    """Directory of a Hugging Face Qwen checkpoint (config.json, safetensors, tokenizer)."""
+    """Directory of a Hugging Face Qwen checkpoint (config.json, safetensors, tokenizer), or the id of one,
+    such as Qwen/Qwen2.5-7B-Instruct; see use_hf.
+    """
 
     train_type: Literal["full", "lora"] = "full"
     """Train every weight, or LoRA adapters."""
@@ -78,7 +80,23 @@ class DataOptions:
     """Rows and how they become token sequences."""
 
     dataset: list[str] = field(default_factory=list)
-    """JSONL, JSON or Parquet files, or hub ids; `name#N` samples N rows."""
+    """JSONL, JSON or Parquet files, or ids of Hugging Face or ModelScope; `name#N` samples N rows."""
+
+    use_hf: bool | None = None
+    """Look ids of models and data sets up at Hugging Face, or (false) at ModelScope. Default: at ModelScope
+    where its package is installed.
+    """
+
+    columns: dict[str, str] = field(default_factory=dict)
+    """Keys of rows and what Braid calls them, such as {"question": "query", "answer": "response"}; JSON on
+    the command line.
+    """
+
+    interleave_prob: list[float] = field(default_factory=list)
+    """Draw rows from the data sets by these probabilities, one for each, in place of taking all of them."""
+
+    stopping_strategy: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    """When interleave_prob ends: when the first data set runs out, or when all have been through once."""
 
     val_dataset: list[str] = field(default_factory=list)
     """Files for evaluation; overrides split_dataset_ratio."""

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from engine.config.options import DataOptions
-from engine.data.sources import Row, Split, load_rows, split_rows, stream_rows
+from engine.data.sources import (
+    Reading,
+    Row,
+    Split,
+    check_probabilities,
+    interleave,
+    load_rows,
+    split_rows,
+    stream_rows,
+)
 from engine.data.store import TokenStore, build_store, encode_rows, open_store
 from engine.data.template import ChatTemplate
 from engine.errors import ConfigError, DataError
@@ -61,6 +70,12 @@ def check_options(options: DataOptions) -> None:
         raise ConfigError(f"shuffle_buffer_size must be at least 1, not {options.shuffle_buffer_size}")
     if options.streaming and options.split_dataset_ratio > 0:
         raise ConfigError("split_dataset_ratio needs all rows at once; with streaming give val_dataset")
+    if options.interleave_prob:
+        check_probabilities(options.interleave_prob, len(options.dataset))
+        if options.streaming:
+            raise ConfigError("interleave_prob needs all rows at once; leave streaming out")
+    elif options.stopping_strategy != "first_exhausted":
+        raise ConfigError("stopping_strategy goes with interleave_prob")
     if options.dataloader_num_workers < 0:
         raise ConfigError(
             f"dataloader_num_workers must not be negative, not {options.dataloader_num_workers}"
@@ -79,10 +94,25 @@ def prepare(options: DataOptions, model_dir: str | Path, *, seed: int) -> Prepar
 
 def read_rows(options: DataOptions, *, seed: int) -> Split:
     """The rows to train on, none where they are streamed, and those to evaluate on. Raises DataError."""
-    rows = [] if options.streaming else load_rows(options.dataset, seed=seed)
+    rows = [] if options.streaming else _mixed(options, seed=seed)
     if options.val_dataset:
-        return Split(train=rows, val=load_rows(options.val_dataset, seed=seed))
+        held_out = load_rows(options.val_dataset, seed=seed, how=reading(options))
+        return Split(train=rows, val=list(itertools.chain(*held_out)))
     return split_rows(rows, options.split_dataset_ratio, seed)
+
+
+def _mixed(options: DataOptions, *, seed: int) -> list[Row]:
+    """The rows of all data sets, one after another or drawn by `interleave_prob`."""
+    parts = load_rows(options.dataset, seed=seed, how=reading(options))
+    if not options.interleave_prob:
+        return list(itertools.chain(*parts))
+    until_all = options.stopping_strategy == "all_exhausted"
+    return interleave(parts, options.interleave_prob, until_all=until_all, seed=seed)
+
+
+def reading(options: DataOptions) -> Reading:
+    """How data sets are read, by the options."""
+    return Reading(use_hf=options.use_hf, columns=options.columns)
 
 
 def tokenise(rows: Split, options: DataOptions, template: ChatTemplate) -> PreparedData:
@@ -108,7 +138,7 @@ def tokenise(rows: Split, options: DataOptions, template: ChatTemplate) -> Prepa
 
 def _try_stream(options: DataOptions, template: ChatTemplate) -> None:
     """Encode the first buffer of a stream: what is wrong there is said before anything is written."""
-    rows = list(itertools.islice(stream_rows(options.dataset), options.shuffle_buffer_size))
+    rows = list(itertools.islice(stream_rows(options.dataset, reading(options)), options.shuffle_buffer_size))
     if not rows:
         raise DataError(f"{', '.join(options.dataset)} holds no rows; give a data set with at least one")
     store, report = encode_rows(

@@ -3,13 +3,14 @@
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.data.hub import read_table
 from engine.errors import ConfigError, DataError
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
@@ -69,6 +70,17 @@ class DatasetRef:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What the options say of all data sets."""
+
+    use_hf: bool | None = None
+    """Ids are Hugging Face's; None: ModelScope's where its package is installed."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Keys of rows by the name they get."""
+
+
 class Split(NamedTuple):
     """Rows for training and rows held out for evaluation, each in the order they came in."""
 
@@ -76,34 +88,66 @@ class Split(NamedTuple):
     val: list[Row]
 
 
-def load_rows(datasets: Sequence[str], *, seed: int) -> list[Row]:
-    """Read every data set in turn and take `#N` rows where asked.
+def load_rows(datasets: Sequence[str], *, seed: int, how: Reading = Reading()) -> list[list[Row]]:
+    """Read every data set and take `#N` rows where asked.
 
     Sampling is without replacement, depends on (seed, position in `datasets`) only, and keeps the order of
     the file. An N beyond the number of rows takes whole passes over them and samples the rest.
 
     DataError: a file is missing, empty, malformed or of an unknown kind, or the hub cannot be reached.
     """
-    rows: list[Row] = []
+    parts = []
     for index, text in enumerate(datasets):
         ref = DatasetRef.parse(text)
-        found = list(_read(ref))
+        found = list(_read(ref, how))
         if not found:
             raise DataError(f"{ref.name} holds no rows; give a data set with at least one")
         if ref.sample is not None:
             found = [found[i] for i in _sample_indices(len(found), ref.sample, seed=seed, index=index)]
-        rows.extend(found)
+        parts.append(found)
+    return parts
+
+
+def check_probabilities(probabilities: Sequence[float], count: int) -> None:
+    """ConfigError: there is not one for each of `count` data sets, one is not positive, or they do not sum to
+    1.
+    """
+    if len(probabilities) != count:
+        raise ConfigError(
+            f"interleave_prob has {len(probabilities)} numbers for {count} data sets; give one for each"
+        )
+    if min(probabilities) <= 0 or abs(sum(probabilities) - 1) > 1e-6:
+        shown = " ".join(map(str, probabilities))
+        raise ConfigError(f"interleave_prob must be positive and sum to 1, not {shown}")
+
+
+def interleave(
+    parts: Sequence[Sequence[Row]], probabilities: Sequence[float], *, until_all: bool, seed: int
+) -> list[Row]:
+    """Rows of all `parts` in their orders, each next one from a part drawn by `probabilities`, until one is
+    drawn that has none left. With `until_all` parts begin again, until every one has been through.
+    """
+    random, shares = np.random.default_rng(seed), np.array(probabilities) / sum(probabilities)
+    rows: list[Row] = []
+    taken = np.zeros(len(parts), dtype=np.int64)
+    sizes = np.array([len(part) for part in parts])
+    while not (until_all and (taken >= sizes).all()):
+        drawn = int(random.choice(len(parts), p=shares))
+        if not until_all and taken[drawn] == sizes[drawn]:
+            break
+        rows.append(parts[drawn][taken[drawn] % sizes[drawn]])
+        taken[drawn] += 1
     return rows
 
 
-def stream_rows(datasets: Sequence[str]) -> Iterator[Row]:
+def stream_rows(datasets: Sequence[str], how: Reading = Reading()) -> Iterator[Row]:
     """The rows of every data set in turn, read as they are asked for; `name#N` takes the first N.
 
     DataError: as load_rows, when the reader gets there.
     """
     for text in datasets:
         ref = DatasetRef.parse(text)
-        rows = iter(_read(ref, streaming=True))
+        rows = iter(_read(ref, how, streaming=True))
         yield from rows if ref.sample is None else itertools.islice(rows, ref.sample)
 
 
@@ -141,7 +185,22 @@ def _sample_indices(num_rows: int, wanted: int, *, seed: int, index: int) -> lis
     return list(range(num_rows)) * passes + chosen.tolist()
 
 
-def _read(ref: DatasetRef, *, streaming: bool = False) -> Iterable[Row]:
+def _read(ref: DatasetRef, how: Reading, *, streaming: bool = False) -> Iterable[Row]:
+    rows = _read_as_it_is(ref, how, streaming=streaming)
+    return _renamed(ref.name, rows, how.columns) if how.columns else rows
+
+
+def _renamed(name: str, rows: Iterable[Row], columns: Mapping[str, str]) -> Iterator[Row]:
+    for number, row in enumerate(rows):
+        if not number and not columns.keys() & row.value.keys():
+            raise DataError(
+                f"columns names {', '.join(columns)}, of which {name} has none; its rows have "
+                f"{', '.join(row.value)}"
+            )
+        yield replace(row, value={columns.get(key, key): value for key, value in row.value.items()})
+
+
+def _read_as_it_is(ref: DatasetRef, how: Reading, *, streaming: bool) -> Iterable[Row]:
     path = Path(ref.name).expanduser()
     if path.is_dir():
         files = _files_in(path)
@@ -154,7 +213,8 @@ def _read(ref: DatasetRef, *, streaming: bool = False) -> Iterable[Row]:
         raise DataError(f"data set {ref.name} does not exist; check the path")
     if ref.name.count("/") != 1:
         raise DataError(f"data set {ref.name} is neither a file nor a hub id of the form org/name")
-    return _read_hub(ref.name, streaming=streaming)
+    table = read_table(ref.name, use_hf=how.use_hf, streaming=streaming)
+    return (_row(ref.name, number, value) for number, value in enumerate(table, start=1))
 
 
 def _files_in(directory: Path) -> list[Path]:
@@ -209,21 +269,6 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     yield _row(str(path), number, value)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
-
-
-def _read_hub(name: str, *, streaming: bool) -> Iterable[Row]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"hub data set {name} needs `pip install datasets`; or pass a local file") from error
-    try:
-        table = datasets.load_dataset(name, split="train", streaming=streaming)
-    except Exception as error:  # the hub client raises many types, and none is a bug of this program
-        raise DataError(
-            f"hub data set {name}: the hub could not be reached or has no such data set with a train split "
-            f"({type(error).__name__}: {_first_line(error)}); pass a local file"
-        ) from error
-    return (_row(name, number, value) for number, value in enumerate(table, start=1))
 
 
 def _row(source: str, number: int, value: Any) -> Row:

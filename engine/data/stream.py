@@ -21,7 +21,7 @@ import numpy as np
 from engine.data.batches import collate, deal, order_by_work
 from engine.data.loader import STEPS_AHEAD, StepBatch
 from engine.data.packing import pack
-from engine.data.sources import Row, dataset_files, stream_rows
+from engine.data.sources import Reading, Row, dataset_files, stream_rows
 from engine.data.store import StoreReport, TokenStore, TruncationStrategy, encode_rows
 from engine.data.template import ChatTemplate, EncodedRow
 from engine.errors import DataError
@@ -93,6 +93,7 @@ class StreamLoader:
     """Serves a stream to data-parallel rank `dp_rank`; the counterpart of Loader."""
 
     datasets: Sequence[str]
+    how: Reading = field(default_factory=Reading)
     encoding: Encoding
     plan: StreamPlan
     buffer_rows: int
@@ -180,7 +181,7 @@ class StreamLoader:
         """Endless: pass after pass over the data."""
         at, kept = position, position != StreamPosition()
         while True:
-            rows = itertools.islice(stream_rows(self.datasets), at.row, None)
+            rows = itertools.islice(stream_rows(self.datasets, self.how), at.row, None)
             while batch := list(itertools.islice(rows, self.buffer_rows)):
                 for sequence in self._buffer(batch, at):
                     kept = True

@@ -12,10 +12,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from engine.data.sources import DatasetRef, Row, dataset_files, load_rows, split_rows, stream_rows
+from engine.data import sources
+from engine.data.sources import (
+    DatasetRef,
+    Reading,
+    Row,
+    check_probabilities,
+    dataset_files,
+    interleave,
+    split_rows,
+    stream_rows,
+)
 from engine.errors import ConfigError, DataError
 
 Write = Callable[..., str]
+
+
+def load_rows(datasets: list[str], *, seed: int, **how: Any) -> list[Row]:
+    """Of all data sets in turn."""
+    return [row for part in sources.load_rows(datasets, seed=seed, how=Reading(**how)) for row in part]
 
 
 def values_of(rows: list[Row]) -> list[int]:
@@ -155,7 +170,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(
-        DataError, match=r"org/name: the hub could not be reached.*pass a local file"
+        DataError, match=r"org/name: Hugging Face could not be reached.*pass a local file"
     ) as caught:
         load_rows(["org/name"], seed=0)
     assert "\n" not in str(caught.value)
@@ -181,3 +196,67 @@ def test_split_gives_both_parts_a_row() -> None:
     for ratio in (-0.1, 1.0):
         with pytest.raises(ConfigError):
             split_rows(rows, ratio, seed=0)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_get_other_names(tmp_path: Path, streaming: bool) -> None:
+    path = write(tmp_path / "a.jsonl", [{"question": "1", "answer": "2", "id": 3}, {"question": "4"}])
+    columns = {"question": "query", "answer": "response"}
+    if streaming:
+        rows = list(stream_rows([path], Reading(columns=columns)))
+    else:
+        rows = load_rows([path], seed=0, columns=columns)
+    assert [row.value for row in rows] == [{"query": "1", "response": "2", "id": 3}, {"query": "4"}]
+    assert rows[1].number == 2
+
+
+def test_columns_that_no_row_has(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"query": "1", "response": "2"}])
+    with pytest.raises(DataError, match=r"columns names q, of which .*a\.jsonl has none.*query, response"):
+        load_rows([path], seed=0, columns={"q": "query"})
+
+
+def parts_of(*sizes: int) -> list[list[Row]]:
+    return [
+        [Row(source=str(part), number=i + 1, value={"i": i}) for i in range(size)]
+        for part, size in enumerate(sizes)
+    ]
+
+
+def test_interleaving_ends_with_the_first_that_runs_out() -> None:
+    parts = parts_of(400, 5000)
+    rows = interleave(parts, [0.25, 0.75], until_all=False, seed=1)
+    taken = Counter(row.source for row in rows)
+    assert taken["0"] == 400
+    assert 1000 < taken["1"] < 1400
+    for part in (0, 1):  # in order, none twice
+        assert [row.number for row in rows if row.source == str(part)] == list(range(1, taken[str(part)] + 1))
+    assert rows == interleave(parts, [0.25, 0.75], until_all=False, seed=1)
+    assert rows != interleave(parts, [0.25, 0.75], until_all=False, seed=2)
+
+
+def test_interleaving_until_all_have_been_through() -> None:
+    rows = interleave(parts_of(10, 300), [0.5, 0.5], until_all=True, seed=1)
+    numbers = [row.number for row in rows if row.source == "0"]
+    assert numbers == [i % 10 + 1 for i in range(len(numbers))]
+    assert 200 < len(numbers) < 400
+    assert rows[-1].source == "1"
+    assert rows[-1].number == 300
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "words"),
+    [
+        ([1.0], "has 1 numbers for 2 data sets"),
+        ([0.5, 0.4], "must be positive and sum to 1, not 0.5 0.4"),
+        ([1.0, 0.0], "must be positive"),
+    ],
+)
+def test_probabilities_that_do_not_fit(probabilities: list[float], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_probabilities(probabilities, 2)

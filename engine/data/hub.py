@@ -1,0 +1,75 @@
+"""Models and data sets that are named by an id, org/name, and come from Hugging Face or from ModelScope."""
+
+import importlib.util
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from engine.errors import ConfigError, DataError, UserError
+
+# Hugging Face has no other names; ModelScope's are as plain.
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
+# What a training run reads of a repository; weights in other formats stay where they are.
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def find_model(name: str, *, use_hf: bool | None) -> str:
+    """The directory of a model that is named by its path or by an id; an id's files are downloaded unless
+    they are in the cache of the site. A name that can be no id comes back as it is.
+
+    ConfigError: the site cannot be reached, has no such model, or its package is missing.
+    """
+    if Path(name).expanduser().exists() or not _ID.match(name):
+        return name
+    site, what = _site(use_hf), f"model {name} is no directory here"
+    if site == "ModelScope":
+        download = _imported("modelscope", what, ConfigError).snapshot_download
+    else:
+        download = _imported("huggingface_hub", what, ConfigError).snapshot_download
+    try:
+        return str(download(name, allow_patterns=_MODEL_FILES))
+    except Exception as error:  # clients raise many types, and none is a bug of this program
+        raise ConfigError(
+            f"{what}, and {site} could not be reached or has no such model ({_reason(error)}); "
+            f"download it where there is a network, and pass --model DIR"
+        ) from error
+
+
+def read_table(name: str, *, use_hf: bool | None, streaming: bool) -> Iterable[Any]:
+    """The rows of the train split of a data set. DataError: as `find_model` has it."""
+    site, what = _site(use_hf), f"hub data set {name}"
+    datasets = _imported("datasets", what, DataError)
+    try:
+        if site == "Hugging Face":
+            rows: Iterable[Any] = datasets.load_dataset(name, split="train", streaming=streaming)
+            return rows
+        client = _imported("modelscope", what, DataError)
+        found = client.MsDataset.load(name, split="train", use_streaming=streaming)
+        return found.to_hf_dataset() if hasattr(found, "to_hf_dataset") else found
+    except UserError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"{what}: {site} could not be reached or has no such data set with a train split "
+            f"({_reason(error)}); pass a local file"
+        ) from error
+
+
+def _site(use_hf: bool | None) -> str:
+    if use_hf is None:
+        use_hf = importlib.util.find_spec("modelscope") is None
+    return "Hugging Face" if use_hf else "ModelScope"
+
+
+def _imported(package: str, what: str, error: type[UserError]) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as missing:
+        other = "; or pass --use_hf true" if package == "modelscope" else ""
+        raise error(f"{what}; this needs `pip install {package}`{other}; or pass a local path") from missing
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
