@@ -215,7 +215,7 @@ def train(
     train_data = training_loader(blueprint, data, dp_rank=groups.dp_rank)
     if groups.rank == 0:
         _announce(blueprint, data, train_data)
-        print(f"attention: {attention_name(platform, spec.head_dim)}")
+        print(f"attention: {attention_name(platform, layout, spec.head_dim)}")
     chunks = build_chunks(spec, layout, platform, config.recompute, groups, lora, config.moe)
     load_weights(chunks, blueprint, groups)
     models = wrap_data_parallel(chunks, config.optimizer, groups)

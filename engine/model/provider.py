@@ -1,7 +1,7 @@
 """ModelSpec + layout -> Megatron GPTModel chunks of this rank, and the names of their parameters."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -190,13 +190,18 @@ def block_spec(
     )
 
 
-def layer_parts(platform: Platform, recompute: RecomputeOptions, *, lora: bool) -> LayerParts:
-    """What layers are made of on a platform; LoRA reads what norms return."""
+def layer_parts(
+    platform: Platform, recompute: RecomputeOptions, *, lora: bool, own_attention: bool
+) -> LayerParts:
+    """What layers are made of on a platform; LoRA reads what norms return. Without `own_attention`
+    Transformer Engine's layers have Transformer Engine's attention too.
+    """
     recompute_activation = MLP_ACTIVATION in recompute.recompute_modules
     if platform.use_te:
         from engine.model.te_layers import te_parts
 
-        return te_parts(fused_norm=not lora, recompute_activation=recompute_activation)
+        parts = te_parts(fused_norm=not lora, recompute_activation=recompute_activation)
+        return replace(parts, core_attention=CoreAttention) if own_attention else parts
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     return LayerParts(
@@ -212,9 +217,19 @@ def layer_parts(platform: Platform, recompute: RecomputeOptions, *, lora: bool) 
     )
 
 
-def attention_name(platform: Platform, head_dim: int) -> str:
+def has_own_attention(platform: Platform, layout: ParallelLayout, head_dim: int) -> bool:
+    """Whether Braid computes attention. Beside Transformer Engine it does with FlashAttention 4, which is
+    faster on a Hopper, and where no ranks share a sequence.
+    """
+    if not platform.use_te:
+        return True
+    kernel = packed_kernel(platform.device, platform.dtype, head_dim)
+    return layout.cp == 1 and kernel == "FlashAttention 4"
+
+
+def attention_name(platform: Platform, layout: ParallelLayout, head_dim: int) -> str:
     """What computes attention on a platform, for people."""
-    if platform.use_te:
+    if not has_own_attention(platform, layout, head_dim):
         return "Transformer Engine"
     kernel = packed_kernel(platform.device, platform.dtype, head_dim)
     return kernel or "torch's scaled_dot_product_attention"
@@ -305,7 +320,12 @@ def build_chunks(
             config=config,
             transformer_layer_spec=block_spec(
                 config,
-                layer_parts(platform, recompute, lora=lora is not None),
+                layer_parts(
+                    platform,
+                    recompute,
+                    lora=lora is not None,
+                    own_attention=has_own_attention(platform, layout, spec.head_dim),
+                ),
                 sparse=[spec.has_experts(layer) for layer in layers],
                 dispatcher=moe.moe_token_dispatcher_type,
             ),

@@ -194,7 +194,7 @@ def _report(
         trained_parameters=spec.num_parameters() if lora is None else lora.num_parameters(spec),
         dtype=str(platform.dtype).removeprefix("torch."),
         transformer_impl="te" if platform.use_te else "torch",
-        attention=attention_name(platform, spec.head_dim),
+        attention=attention_name(platform, layout, spec.head_dim),
         layout=layout,
         options=flatten(config),
         global_batch_size=blueprint.shape.global_batch_size,
