@@ -116,7 +116,7 @@ tokenizer = AutoTokenizer.from_pretrained("hf")
 model = AutoModelForCausalLM.from_pretrained("hf", dtype="auto")
 ```
 
-or `vllm serve hf`."""
+or `vllm serve hf`, `python -m sglang.launch_server --model-path hf`, `braid chat --model hf`."""
 
 _LOAD_ADAPTER = """```python
 from peft import PeftModel
@@ -127,5 +127,6 @@ base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
 model = PeftModel.from_pretrained(base, "adapter")
 ```
 
-or `vllm serve {base} --enable-lora --lora-modules tuned=adapter`, or as one checkpoint:
-`braid merge --model {base} --adapter adapter --output_dir merged`."""
+or `vllm serve {base} --enable-lora --lora-modules tuned=adapter`,
+`python -m sglang.launch_server --model-path {base} --lora-paths tuned=adapter`, `braid chat --model adapter`,
+or as one checkpoint: `braid merge --model {base} --adapter adapter --output_dir merged`."""

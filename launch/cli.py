@@ -19,6 +19,8 @@ commands:
   data      say what training data is like as tokens, before anything is trained on it
   bench     measure training, communication, or every layout on random weights: bench train | comm | sweep
   doctor    say what this machine has for training, and what is missing (exit code 0: nothing, 1: mend it)
+  chat      talk to a trained model, or to a base with its adapter
+  eval      benchmarks of a trained model, by lm-evaluation-harness where it is installed
 
 braid COMMAND --help lists a command's flags. NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT
 start several processes; under torchrun or Slurm the same command is the worker."""
@@ -78,8 +80,17 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from launch.doctor import doctor
 
         return doctor
+    if name == "chat":
+        from launch.chat import chat
+
+        return chat
+    if name == "eval":
+        from launch.evaluate import evaluate
+
+        return evaluate
     raise ConfigError(
-        f"unknown command {name!r}; commands are sft, convert, merge, verify, inspect, data, bench, doctor"
+        f"unknown command {name!r}; commands are sft, convert, merge, verify, inspect, data, bench, doctor, "
+        f"chat, eval"
     )
 
 

@@ -1,0 +1,188 @@
+"""`braid chat`: talk to a trained model, or to a base with its adapter, by transformers and PEFT."""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.config.parse import help_text, parse
+from engine.errors import ConfigError, ModelError
+
+_USAGE = """usage: braid chat --model DIR [--adapter DIR] [--system TEXT]
+
+On a terminal: ask, /clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C ends an answer. Otherwise
+every line of standard input is a question of one conversation, and the answers are printed.
+"""
+
+
+@dataclass(kw_only=True)
+class ChatOptions:
+    """Flags of `braid chat`."""
+
+    model: str | None = None
+    """Hugging Face directory or id: the hf/ of a run, or with --adapter the base. An adapter directory goes
+    here too; its base is then the one that it names.
+    """
+
+    adapter: str | None = None
+    """Directory of a PEFT adapter."""
+
+    system: str | None = None
+    """System message."""
+
+    max_new_tokens: int = 512
+    """Longest answer, in tokens."""
+
+    temperature: float | None = None
+    """0 takes the likeliest token; default: the model's generation_config.json."""
+
+    torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Arithmetic; auto: that of the checkpoint on CUDA, float32 on CPU."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run; auto takes CUDA where a GPU is visible."""
+
+    seed: int = 42
+    """Of the answers that are drawn."""
+
+    use_hf: bool | None = None
+    """Look an id up at Hugging Face, or (false) at ModelScope."""
+
+
+def chat(argv: Sequence[str]) -> int:
+    """The command: 0 when the conversation is over. Raises UserError."""
+    if "--help" in argv or "-h" in argv:
+        print(_USAGE + help_text(ChatOptions))
+        return 0
+    options, _ = parse(ChatOptions, argv)
+    if options.model is None:
+        raise ConfigError("no model given; pass --model DIR")
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, not {options.max_new_tokens}")
+    if options.temperature is not None and not 0 <= options.temperature < float("inf"):
+        raise ConfigError(f"temperature must not be negative, not {options.temperature}")
+    conversation = Conversation(options)
+    for line in _lines(conversation):
+        try:
+            conversation.ask(line)
+        except KeyboardInterrupt:
+            print("\n(stopped)")
+    return 0
+
+
+def _lines(conversation: "Conversation") -> Iterator[str]:
+    """What the user asks."""
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            print("\n> ", end="", flush=True)
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            line = ""
+        words = line.strip()
+        if not line or words == "/exit":
+            return
+        if words == "/clear":
+            conversation.clear()
+        elif words:
+            yield words
+
+
+class Conversation:
+    """A model, and what has been said."""
+
+    def __init__(self, options: ChatOptions) -> None:
+        import torch
+
+        torch.manual_seed(options.seed)
+        self.options = options
+        model, adapter = places(options)
+        self.model, self.tokenizer = load(model, adapter, options)
+        self.messages: list[dict[str, str]] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what has been said."""
+        system = self.options.system
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+
+    def ask(self, question: str) -> str:
+        """Print the answer as it comes; an answer that is broken off is forgotten with its question."""
+        from transformers import TextStreamer
+
+        asked = [*self.messages, {"role": "user", "content": question}]
+        prompt = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        inputs.pop("token_type_ids", None)
+        inputs = inputs.to(self.model.device)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        settings: dict[str, Any] = {"max_new_tokens": self.options.max_new_tokens}
+        if self.options.temperature is not None:
+            settings["do_sample"] = self.options.temperature > 0
+            settings["temperature"] = self.options.temperature or None
+            if not self.options.temperature:
+                settings |= {"top_p": None, "top_k": None}
+        out = self.model.generate(**inputs, streamer=streamer, **settings)
+        answer: str = self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        return answer
+
+
+def places(options: ChatOptions) -> tuple[str, str | None]:
+    """Where the base and the adapter are. Raises ConfigError or ModelError."""
+    from engine.data.hub import find_model
+    from engine.model.lora_spec import CONFIG_FILE, read_lora_config
+
+    model, adapter = options.model or "", options.adapter
+    if adapter is None and (Path(model) / CONFIG_FILE).is_file():
+        read_lora_config(Path(model))  # says what is wrong with it
+        config = json.loads((Path(model) / CONFIG_FILE).read_text(encoding="utf-8"))
+        base = config.get("base_model_name_or_path")
+        if not base:
+            raise ModelError(f"{model} is an adapter that names no base; pass --model BASE --adapter {model}")
+        model, adapter = str(base), model
+    if adapter is not None:
+        read_lora_config(Path(adapter))
+    return find_model(model, use_hf=options.use_hf), adapter
+
+
+def load(model: str, adapter: str | None, options: ChatOptions) -> tuple[Any, Any]:
+    """Model and tokenizer. Raises UserError for what transformers or PEFT cannot load."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    from engine.data.prepare import load_tokenizer
+    from engine.model.spec import load_model_spec
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    load_model_spec(model)
+    tokenizer = load_tokenizer(model)
+    if tokenizer.chat_template is None:
+        raise ModelError(f"the tokenizer of {model} has no chat template; take that of an Instruct model")
+    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise ConfigError("device cuda: torch sees no GPU here; pass --device cpu")
+    dtype = options.torch_dtype
+    if dtype == "auto" and not cuda:
+        dtype = "float32"
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
+        if adapter is not None:
+            loaded = _with_adapter(loaded, adapter)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{adapter or model} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return loaded.to("cuda" if cuda else "cpu").eval(), tokenizer
+
+
+def _with_adapter(model: Any, adapter: str) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConfigError("an adapter needs PEFT: `pip install peft`") from error
+    return PeftModel.from_pretrained(model, adapter)
