@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint bench bench-convert bench-checkpoint bench-gpu faults pictures clean
+.PHONY: setup demo test lint docs bench bench-convert bench-checkpoint bench-gpu faults pictures clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -24,6 +24,11 @@ lint: setup
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+
+# docs/ as a site, in out/site; a link that leads nowhere is an error.
+docs: setup
+	$(RUN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet -f .ci/mkdocs.yml
 
 # A training step against the same step written with transformers and torch, and the data side against
 # datasets.map; one process, CPU.

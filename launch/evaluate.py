@@ -84,7 +84,7 @@ def lm_eval_command(options: EvalOptions) -> list[str]:
     for name, value in settings.items():
         if "," in value:
             raise ConfigError(f"{name} {value} has a comma, which lm_eval cannot be told; link it elsewhere")
-    command = ["run", "--model", "hf", "--model_args", ",".join(f"{k}={v}" for k, v in settings.items())]
+    command = ["--model", "hf", "--model_args", ",".join(f"{k}={v}" for k, v in settings.items())]
     command += ["--tasks", ",".join(options.tasks), "--batch_size", options.batch_size]
     if options.apply_chat_template:
         command.append("--apply_chat_template")

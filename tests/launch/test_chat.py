@@ -133,7 +133,7 @@ def test_lm_eval_is_told_what_was_asked(
     assert main(words) == 3, "the code is lm_eval's"
     assert ran == [
         [
-            *(sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args"),
+            *(sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args"),
             f"pretrained={tiny_model},dtype=auto,peft={adapter}",
             *("--tasks", "gsm8k,ifeval", "--batch_size", "auto", "--apply_chat_template"),
             *("--limit", "5.0", "--device", "cpu"),
