@@ -19,6 +19,9 @@ from launch.disk import check_room, nearest
 from launch.processes import World, command_began, restart_count
 
 REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "none")
+HELD_OUT = 0.01
+"""Share of the rows to evaluate on, where evaluation is asked for and nothing is said of rows."""
+
 LEARNING_RATES = {"full": 1e-5, "lora": 1e-4}
 
 
@@ -77,6 +80,9 @@ def draw(config: SftConfig, world: World, *, damaged: Collection[Path] = ()) -> 
     if run.output_dir is None:
         raise ConfigError("no output directory given; pass --output_dir DIR")
     _refuse_unbuilt(config)
+    if config.data.split_dataset_ratio is None:
+        evaluates = run.eval_steps and not config.data.val_dataset and not config.data.streaming
+        config.data.split_dataset_ratio = HELD_OUT if evaluates else 0.0
     check_ranges(config)
     check_options(config.data)
     if config.data.streaming and config.batch.max_steps is None:

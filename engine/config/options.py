@@ -101,8 +101,10 @@ class DataOptions:
     val_dataset: list[str] = field(default_factory=list)
     """Files for evaluation; overrides split_dataset_ratio."""
 
-    split_dataset_ratio: float = 0.0
-    """Share of the rows of `dataset` held out for evaluation, 0 <= ratio < 1."""
+    split_dataset_ratio: float | None = None
+    """Share of the rows of `dataset` held out for evaluation, 0 <= ratio < 1. Default: 0.01 where eval_steps
+    asks for evaluations and there is no val_dataset, otherwise 0.
+    """
 
     system: str | None = None
     """System message for rows that bring none."""

@@ -62,13 +62,14 @@ def check_options(options: DataOptions) -> None:
     """Raise ConfigError for what is wrong without looking at any row."""
     if not options.dataset:
         raise ConfigError("no data set given; pass --dataset FILE.jsonl")
-    if not 0 <= options.split_dataset_ratio < 1:
-        raise ConfigError(f"split_dataset_ratio must be in [0, 1), not {options.split_dataset_ratio}")
+    ratio = options.split_dataset_ratio or 0.0
+    if not 0 <= ratio < 1:
+        raise ConfigError(f"split_dataset_ratio must be in [0, 1), not {ratio}")
     if options.max_length < 2:
         raise ConfigError(f"max_length must be at least 2, not {options.max_length}")
     if options.shuffle_buffer_size < 1:
         raise ConfigError(f"shuffle_buffer_size must be at least 1, not {options.shuffle_buffer_size}")
-    if options.streaming and options.split_dataset_ratio > 0:
+    if options.streaming and ratio > 0:
         raise ConfigError("split_dataset_ratio needs all rows at once; with streaming give val_dataset")
     if options.interleave_prob:
         check_probabilities(options.interleave_prob, len(options.dataset))
@@ -98,7 +99,7 @@ def read_rows(options: DataOptions, *, seed: int) -> Split:
     if options.val_dataset:
         held_out = load_rows(options.val_dataset, seed=seed, how=reading(options))
         return Split(train=rows, val=list(itertools.chain(*held_out)))
-    return split_rows(rows, options.split_dataset_ratio, seed)
+    return split_rows(rows, options.split_dataset_ratio or 0.0, seed)
 
 
 def _mixed(options: DataOptions, *, seed: int) -> list[Row]:

@@ -470,3 +470,24 @@ def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "--help"]) == 0
     listed = Counter(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE))
     assert set(listed) == {"model", "seed", "samples", "output_dir", "json", *vars(DataOptions())}
+
+
+@pytest.mark.parametrize(
+    ("words", "share", "rows"),
+    [
+        ((), 0.0, None),
+        (("--eval_steps", "2"), 0.01, 1),
+        (("--eval_steps", "2", "--split_dataset_ratio", "0"), 0.0, None),
+        (("--eval_steps", "2", "--split_dataset_ratio", "0.25"), 0.25, 2),
+        (("--eval_steps", "2", "--val_dataset", "DATA"), 0.0, 8),
+    ],
+)
+def test_asking_for_evaluations_holds_rows_out(
+    place: Place, words: tuple[str, ...], share: float, rows: int | None
+) -> None:
+    words = tuple(str(place.data) if word == "DATA" else word for word in words)
+    assert main(place.sft("--dry_run", *words)) == 0
+    printed = place.capsys.readouterr().out
+    assert f"split_dataset_ratio: {share}" in printed
+    evaluated = [line for line in printed.splitlines() if line.startswith("eval:")]
+    assert [f"{rows} rows" in line for line in evaluated] == ([] if rows is None else [True])
