@@ -23,8 +23,8 @@ LORA = f"""--model MODEL --train_type lora --dataset '{DATA}#60' '{DATA}#70' --t
 --system 'You are a helpful assistant.' --warmup_ratio 0.05 --dataloader_num_workers 4 --device cpu"""
 FULL = f"""--model MODEL --train_type full --dataset '{DATA}#70' --torch_dtype bfloat16 --num_train_epochs 1
 --per_device_train_batch_size 1 --gradient_accumulation_steps 8 --learning_rate 1e-5
---gradient_checkpointing true --eval_steps 50 --save_steps 50 --save_total_limit 2 --logging_steps 5 --max_length 2048 --output_dir OUT
---warmup_ratio 0.05 --device cpu"""
+--gradient_checkpointing true --eval_steps 50 --save_steps 50 --save_total_limit 2 --logging_steps 5
+--max_length 2048 --output_dir OUT --warmup_ratio 0.05 --device cpu"""
 
 
 @pytest.fixture(scope="module")
