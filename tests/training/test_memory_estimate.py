@@ -5,7 +5,7 @@ and the tests say what; all the rest must be the same numbers.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ def selective(*modules: str) -> dict[str, Any]:
 class Case:
     model: str = "qwen2_untied"
     tp: int = 1
+    cp: int = 1
+    """By exchange of tokens for heads: gathered keys and values take another way on a CPU."""
     recompute: Mapping[str, Any] = field(default_factory=dict)
     dropout: float | None = None
     """Of an adapter; None: full training."""
@@ -40,6 +42,17 @@ class Case:
     """silu(gate) * up is computed in the forward pass, and not again."""
     layers: bool = True
     """Layers are not computed again."""
+
+    @property
+    def parallel(self) -> ParallelOptions:
+        """The layout of all ranks."""
+        exchange = "a2a" if self.cp > 1 else None
+        return replace(degrees(tp=self.tp, cp=self.cp), cp_comm_type=exchange)
+
+    @property
+    def ranks(self) -> int:
+        """Which share a micro-batch."""
+        return self.tp * self.cp
 
     def also_kept(self, spec: ModelSpec) -> float:
         """Numbers that plain torch keeps of a token in a layer beside those of the GPU kernels."""
@@ -51,8 +64,8 @@ class Case:
         more = float(spec.ffn_hidden_size if self.mlp else 0)
         if self.dropout is None:  # what norms have before their weight, for its gradient
             more += 2 * hidden
-        # Values are a view of all that the fused linear returns.
-        more += (queries + keys) * dim
+        if self.cp == 1:  # values are a view of all that the fused linear returns
+            more += (queries + keys) * dim
         if spec.qk_norm:  # which is in the estimate then; and norms of heads, with their scales
             more += (queries + keys) * (dim + 1) - (queries + 2 * keys) * dim
         if self.dropout:  # masks are numbers, not bytes
@@ -65,6 +78,7 @@ CASES = {
     "plain": Case(),
     "qk norm": Case(model="qwen3_head_dim"),
     "tp2": Case(tp=2),
+    "cp2": Case(cp=2),
     "mlp_act": Case(recompute=selective("mlp_act"), mlp=False),
     "mlp": Case(recompute=selective("mlp"), mlp=False),
     "core_attn": Case(recompute=selective("core_attn")),
@@ -85,7 +99,7 @@ def growth(found: Mapping[tuple[int, int], float]) -> float:
 
 
 def estimated(spec: ModelSpec, case: Case, lora: LoraSpec | None, tokens: int) -> float:
-    layout = ParallelLayout.resolve(degrees(tp=case.tp), num_layers=spec.num_layers, world_size=case.tp)
+    layout = ParallelLayout.resolve(case.parallel, num_layers=spec.num_layers, world_size=case.ranks)
     work = Workload(
         spec=spec,
         layout=layout,
@@ -114,11 +128,12 @@ def both_growths(case: Case, workers: WorkerPool, root: Path, **shape: int) -> t
         for tokens in TOKENS:
             found = workers.run(
                 kept_bytes,
-                case.tp,
+                case.ranks,
                 model_dir=str(directory),
                 recompute=dict(case.recompute),
                 adapter=str(adapter) if adapter else None,
                 tokens=tokens,
+                parallel=case.parallel,
             )
             measured[layers, tokens] = found[0][0]
             expected[layers, tokens] = estimated(spec, case, lora, tokens)
@@ -130,7 +145,7 @@ def test_a_layer_keeps_what_the_estimate_says(name: str, workers: WorkerPool, tm
     case = CASES[name]
     measured, expected, spec = both_growths(case, workers, tmp_path, hidden_size=32, intermediate_size=640)
     # A single tensor more or less, a few bytes, is no activation.
-    assert measured == pytest.approx(expected + 4 * case.also_kept(spec) / case.tp, abs=1)
+    assert measured == pytest.approx(expected + 4 * case.also_kept(spec) / case.ranks, abs=1)
 
 
 @pytest.mark.parametrize("model", ["qwen2_moe", "qwen3_moe"])

@@ -11,10 +11,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.config.options import OptimizerOptions, RecomputeOptions
+from engine.config.options import OptimizerOptions, ParallelOptions, RecomputeOptions
 from engine.data.batches import collate
 from engine.data.template import EncodedRow
-from tests.support.layouts import degrees
 from tests.support.models import save_adapter, save_tiny_model
 from tests.support.training import open_run, release
 from tests.support.workers import WorkerPool
@@ -57,15 +56,14 @@ def kept_bytes(
     recompute: Mapping[str, Any],
     adapter: str | None,
     tokens: int = TOKENS,
+    parallel: ParallelOptions | None = None,
 ) -> tuple[int, int]:
-    """Bytes that live on after the forward pass of one document, and after its backward pass; all ranks share
-    it by tensor parallelism.
-    """
+    """Bytes that live on after the forward pass of one document, and after its backward pass."""
     from engine.training.step import DeviceBatch
 
     options = OptimizerOptions(), RecomputeOptions(**recompute)
     _, platform, groups, models, _ = open_run(
-        rank, world_size, model_dir, degrees(tp=world_size), *options, adapter=adapter
+        rank, world_size, model_dir, parallel or ParallelOptions(), *options, adapter=adapter
     )
     ids = np.arange(tokens, dtype=np.int32) % 500
     row = EncodedRow(input_ids=ids, supervised=np.ones(tokens, dtype=bool))
