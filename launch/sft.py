@@ -17,6 +17,7 @@ from engine.training.startup import Startup
 from launch.batching import describe, evaluation_loader, training_loader
 from launch.blueprint import Blueprint, check_files, draw
 from launch.disk import full_disk_named
+from launch.memory import describe_memory
 from launch.processes import (
     World,
     attempt_began,
@@ -73,6 +74,7 @@ def _dry_run(blueprint: Blueprint) -> int:
     data.check_vocabulary(blueprint.spec.vocab_size)
     print(yaml.safe_dump(flatten(blueprint.config), sort_keys=False, allow_unicode=True), end="")
     print(blueprint.summary())
+    print(describe_memory(blueprint))
     if summary := data.summary():
         print(summary)
     print(describe(training_loader(blueprint, data, dp_rank=0)))

@@ -344,7 +344,7 @@ class RunOptions:
     """
 
     dry_run: bool = False
-    """Print the resolved configuration, the rank grid and the steps, and stop."""
+    """Print the resolved configuration, the rank grid, an estimate of memory and the steps, and stop."""
 
 
 @dataclass(kw_only=True)

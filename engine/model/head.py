@@ -20,10 +20,11 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from engine.model.fused import logit_statistics, logits_to_gradients
+from engine.model.memory import LOGITS_BLOCK
 from engine.runtime.kernels import add_product, product
 
 # Logits that exist at once. On a GPU few large products are fast; on a CPU whole passes stay near the cache.
-_BLOCK_BYTES = {"cuda": 2**31, "cpu": 2**26}
+_BLOCK_BYTES = {"cuda": LOGITS_BLOCK, "cpu": 2**26}
 
 
 @dataclass(frozen=True, kw_only=True)

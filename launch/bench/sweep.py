@@ -23,6 +23,7 @@ from engine.training.curve import new_figure
 from launch.bench.output import Table, write_files, write_json
 from launch.bench.paper import check_outputs, draw_bench, read_spec
 from launch.bench.ranks import command_line
+from launch.memory import check_card, visible_card
 from launch.processes import ENVIRONMENT, World
 from launch.record import git_revision, versions
 
@@ -117,8 +118,8 @@ def ending_on_sigterm() -> Iterator[None]:
 
 
 def draw_sweep(config: SweepBenchConfig, world: World) -> tuple[list[Candidate], dict[str, str]]:
-    """The candidates that fit the model and the processes, and why others do not, by name. Sets the global
-    batch of all cases where none is asked for. Raises UserError where none fits.
+    """The candidates that fit the model, the processes and the card, and why others do not, by name. Sets the
+    global batch of all cases where none is asked for. Raises UserError where none fits.
     """
     sweep, spec = config.sweep, read_spec(config)
     _check_lists(config)
@@ -133,13 +134,13 @@ def draw_sweep(config: SweepBenchConfig, world: World) -> tuple[list[Candidate],
         sweep.micro_batch_sizes,
         sweep.recompute,
     )
-    fitting, refused = [], {}
+    fitting, refused, card = [], {}, visible_card(config.model)
     for tp, pp, cp, ep, micro_batch_size, recompute in found:
         candidate = Candidate(
             tp=tp, pp=pp, cp=cp, ep=ep, micro_batch_size=micro_batch_size, recompute=recompute
         )
         try:
-            draw_bench(_train_config(config, candidate), world)
+            check_card(draw_bench(_train_config(config, candidate), world), card)
             fitting.append(candidate)
         except UserError as error:
             refused[candidate.name] = str(error)

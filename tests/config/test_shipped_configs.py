@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from engine.config.batch import resolve_batch_shape
 from engine.config.options import SftConfig
 from engine.config.parallel import ParallelLayout
 from engine.config.parse import parse
+from engine.model.memory import Workload, estimate
 from engine.model.spec import ModelSpec, model_spec_from_config
+from launch.blueprint import draw_lora
 from launch.cli import main
 from launch.tiny import DATA_DIR, build_tokenizer
 from tests.launch.runs import ROOT, forget_launch_variables, question_rows, write_rows
@@ -197,38 +200,104 @@ def test_config_passes_a_dry_run(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("script", "layout"),
-    [
-        ("qwen3_30b_a3b_8gpu.sh", "8 ranks = TP 4 x PP 1 x CP 1 x DP 2, experts EP 8 x ETP 1"),
-        ("qwen3_235b_a22b_16x8gpu.sh", "128 ranks = TP 4 x PP 8 x CP 1 x DP 4, experts EP 8 x ETP 1"),
-    ],
-)
-def test_launch_script_passes_a_dry_run(
-    script: str,
-    layout: str,
-    small_model: Callable[[str], Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+SCRIPTS: Mapping[str, str] = {
+    "qwen2_5_7b_full_8gpu.sh": "8 ranks = TP 2 x PP 1 x CP 1 x DP 4, sequence",
+    "qwen2_5_14b_full_8gpu.sh": "8 ranks = TP 4 x PP 1 x CP 1 x DP 2, sequence",
+    "qwen2_5_72b_full_4x8gpu.sh": "32 ranks = TP 8 x PP 4 x CP 1 x DP 1, sequence",
+    "qwen3_8b_lora_1gpu.sh": "1 ranks = TP 1 x PP 1 x CP 1 x DP 1, sequence",
+    "qwen3_32b_full_2x8gpu.sh": "16 ranks = TP 8 x PP 2 x CP 1 x DP 1, sequence",
+    "qwen3_30b_a3b_8gpu.sh": "8 ranks = TP 4 x PP 1 x CP 1 x DP 2, experts EP 8 x ETP 1",
+    "qwen3_235b_a22b_16x8gpu.sh": "128 ranks = TP 4 x PP 8 x CP 1 x DP 4, experts EP 8 x ETP 1",
+}
+
+
+def test_every_launch_script_has_its_layout_here() -> None:
+    assert {path.name for path in (ROOT / "launch").glob("qwen*.sh")} == set(SCRIPTS)
+
+
+@pytest.fixture
+def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`braid` is there as it is where it is installed, and nothing is known of nodes and processes."""
     (tmp_path / "bin").mkdir()
     braid = tmp_path / "bin" / "braid"
     braid.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m launch.cli "$@"\n')
     braid.chmod(0o755)
     forget_launch_variables(monkeypatch)
-    values = {
-        "PATH": f"{braid.parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
-        "BRAID_CACHE": str(tmp_path / "cache"),
-        # Whatever number of GPUs this machine has.
-        "NPROC_PER_NODE": "8",
-        "NODE_RANK": "0",
-        "MASTER_ADDR": "localhost",
-    }
-    for variable, value in values.items():
-        monkeypatch.setenv(variable, value)
-    model = re.sub(r"_[\dx]+gpu\.sh$", "", script)
-    command = [ROOT / "launch" / script, *dry_run(small_model(model), tmp_path)]
+    monkeypatch.setenv("PATH", f"{braid.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("BRAID_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("on_path")
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_launch_script_passes_a_dry_run(
+    script: str, small_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = Name.of(Path(script))
+    # Whatever number of GPUs this machine has.
+    monkeypatch.setenv("NPROC_PER_NODE", str(name.processes))
+    if name.nodes > 1:
+        monkeypatch.setenv("NODE_RANK", "0")
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+    command = [ROOT / "launch" / script, *dry_run(small_model(name.model), tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert layout in done.stdout
+    assert SCRIPTS[script] in done.stdout
+
+
+@pytest.mark.usefixtures("on_path")
+@pytest.mark.parametrize(("node", "code"), [(0, 0), (1, 0), (2, 2)])
+def test_a_pod_of_kubeflow_finds_its_place(
+    node: int, code: int, small_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command of launch/kubernetes/trainjob.yaml with the variables of Kubeflow's torch runtime."""
+    text = (ROOT / "launch" / "kubernetes" / "trainjob.yaml").read_text(encoding="utf-8")
+    runtime, job = yaml.safe_load_all(text)
+    trainer = job["spec"]["trainer"]
+    place = {
+        "NNODES": trainer["numNodes"],
+        "NPROC_PER_NODE": trainer["numProcPerNode"],
+        "NODE_RANK": node,
+        "MASTER_ADDR": "qwen3-32b-full-node-0-0.qwen3-32b-full",
+        "MASTER_PORT": 29500,
+    }
+    for variable, value in place.items():
+        monkeypatch.setenv(f"PET_{variable}", str(value))
+    here = [word for word in trainer["args"] if "=/data/" not in word]
+    command = [*trainer["command"], *here, *dry_run(small_model("qwen3_32b"), tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, done.stderr[-2000:]
+    assert code or SCRIPTS["qwen3_32b_full_2x8gpu.sh"] in done.stdout
+    assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == trainer["numProcPerNode"]
+    assert job["spec"]["runtimeRef"] == {"kind": runtime["kind"], "name": runtime["metadata"]["name"]}
+    # Kubeflow tells their place to a job and a container of this name only.
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
+    assert (replicated["name"], container["name"]) == ("node", "node")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_memory_that_a_config_names_is_what_is_estimated(path: Path) -> None:
+    name, text = Name.of(path), path.read_text(encoding="utf-8")
+    config, _ = parse(SftConfig, ["--config", str(path)])
+    if config.model.device == "cpu":
+        pytest.skip("no GPU, no estimate")
+    spec, processes = spec_of(name.model), config.launch.nproc_per_node or 1
+    layout = ParallelLayout.resolve(
+        config.parallel, num_layers=spec.num_layers, world_size=processes * name.nodes
+    )
+    shape = resolve_batch_shape(config.batch, data_parallel_size=layout.dp)
+    work = Workload(
+        spec=spec,
+        layout=layout,
+        recompute=config.recompute,
+        optimizer=config.optimizer,
+        lora=draw_lora(config, spec, layout),
+        dtype=config.model.torch_dtype or "bfloat16",
+        use_te=False,
+        fp8=False,
+        tokens=shape.micro_batch_size * config.data.max_length,
+        micro_batches=shape.accumulation,
+    )
+    (named,) = re.findall(r"--dry_run\s+estimates\s+(\d+) GiB", text)
+    assert int(named) == round(max(memory.total for memory in estimate(work)) / 2**30)

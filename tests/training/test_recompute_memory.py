@@ -1,7 +1,7 @@
 """What a rank keeps for the backward pass falls by the activations that are computed again."""
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.config.options import OptimizerOptions, RecomputeOptions
+from engine.config.options import OptimizerOptions, ParallelOptions, RecomputeOptions
 from engine.data.batches import collate
 from engine.data.template import EncodedRow
-from tests.support.layouts import degrees
 from tests.support.models import save_adapter, save_tiny_model
 from tests.support.training import open_run, release
 from tests.support.workers import WorkerPool
@@ -50,19 +49,24 @@ class Made(TorchDispatchMode):
 
 
 def kept_bytes(
-    rank: int, world_size: int, *, model_dir: str, modules: list[str], adapter: str | None
+    rank: int,
+    world_size: int,
+    *,
+    model_dir: str,
+    recompute: Mapping[str, Any],
+    adapter: str | None,
+    tokens: int = TOKENS,
+    parallel: ParallelOptions | None = None,
 ) -> tuple[int, int]:
     """Bytes that live on after the forward pass of one document, and after its backward pass."""
     from engine.training.step import DeviceBatch
 
-    recompute = RecomputeOptions()
-    if modules:
-        recompute = RecomputeOptions(recompute_granularity="selective", recompute_modules=modules)
+    options = OptimizerOptions(), RecomputeOptions(**recompute)
     _, platform, groups, models, _ = open_run(
-        rank, world_size, model_dir, degrees(), OptimizerOptions(), recompute, adapter=adapter
+        rank, world_size, model_dir, parallel or ParallelOptions(), *options, adapter=adapter
     )
-    ids = np.arange(TOKENS, dtype=np.int32) % 500
-    row = EncodedRow(input_ids=ids, supervised=np.ones(TOKENS, dtype=bool))
+    ids = np.arange(tokens, dtype=np.int32) % 500
+    row = EncodedRow(input_ids=ids, supervised=np.ones(tokens, dtype=bool))
     placed = DeviceBatch.place(collate([row], pad_id=0, pad_to_multiple_of=1), groups, platform.device)
     models[0].zero_grad_buffer()
     weights = list(models[0].parameters())
@@ -84,7 +88,8 @@ def test_mlp_act_keeps_no_activation(workers: WorkerPool, tmp_path: Path, lora: 
     adapter = str(save_adapter(directory, tmp_path / "adapter")) if lora else None
 
     def measure(*modules: str) -> tuple[int, int]:
-        arguments = {"model_dir": str(directory), "adapter": adapter, "modules": list(modules)}
+        recompute = {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+        arguments = {"model_dir": str(directory), "adapter": adapter, "recompute": recompute}
         (found,) = workers.run(kept_bytes, 1, **arguments)
         return found
 
