@@ -114,14 +114,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits = x @ weight.T
             losses, normalizer = _losses(logits, places, group)
             total += losses.sum()
-            if not wants_x and not wants_weight:
-                continue
-            if columns:
+            if columns and (wants_x or wants_weight):
                 logits_to_gradients(logits, places, normalizer, factor)
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[rows])
             if sink is not None:
                 add_product(sink[:columns], logits.T, x)
+            del logits  # before those of the next block are made
         ctx.save_for_backward(grad_x, grad_weight, factor)
         ctx.weight = None if buffer is None else weight_VH
         return total

@@ -171,10 +171,11 @@ def _held(work: Workload, pp_rank: int, chunks: Sequence[range]) -> _Held:
     ranks, expert_ranks = layout.dp * layout.cp, layout.world_size // (layout.pp * layout.ep * layout.etp)
     if not options.use_distributed_optimizer:
         ranks = expert_ranks = 1
+    here = 1 - options.optimizer_offload_fraction if options.optimizer_cpu_offload else 1.0
     return _Held(
         weights=weights,
         gradients=4 * (dense + experts),
-        optimizer=(master + moments) * (dense / ranks + experts / expert_ranks),
+        optimizer=here * (master + moments) * (dense / ranks + experts / expert_ranks),
     )
 
 
@@ -265,8 +266,7 @@ def _head(work: Workload) -> float:
     rows, columns = work.tokens / work.layout.cp, _vocabulary(spec, work.layout)
     states = rows * spec.hidden_size * size * (3 if work.layout.tp > 1 else 2)
     blocks = max(1, -(-rows * columns * size // LOGITS_BLOCK))
-    # A block's logits go when those of the next are there.
-    logits = min(blocks, 2) * (rows / blocks) * columns * size
+    logits = rows / blocks * columns * size
     weight = columns * spec.hidden_size * size if work.lora is None else 0
     return states + max(logits, weight)
 

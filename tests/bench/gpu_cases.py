@@ -14,12 +14,6 @@ ROWS_MULTIPLE = 8
 
 _MICRO_BATCH: Mapping[str, int] = {"qwen2.5-1.5b": 4, "qwen2.5-3b": 2, "qwen2.5-7b": 1}
 _BF16_MOMENTS = ("--exp_avg_dtype", "bfloat16", "--exp_avg_sq_dtype", "bfloat16")
-_LEAN = (
-    "--recompute_granularity",
-    "selective",
-    "--recompute_modules",
-    "mlp_act",
-)  # fp8 keeps two more copies of every weight
 _LORA = ("--train_type", "lora", "--lora_rank", "16", "--lora_dropout", "0")
 _MODULES: Mapping[str, tuple[str, ...]] = {"te": ("transformer_engine",), "torch": ()}
 PEERS: Mapping[str, tuple[str, ...]] = {
@@ -166,7 +160,7 @@ def _fp8() -> list[Case]:
         Case(
             name=f"{shape}-full-fp8-{recipe}",
             shape=shape,
-            flags=("--transformer_impl", "te", *_BF16_MOMENTS, *_LEAN, "--fp8_recipe", recipe),
+            flags=("--transformer_impl", "te", *_BF16_MOMENTS, "--fp8_recipe", recipe),
             micro_batch=_MICRO_BATCH[shape],
             modules=_MODULES["te"],
             baselines={"bf16": f"{shape}-full-te"},

@@ -49,15 +49,17 @@ class Peak:
     gib: float
     work: Workload
     earlier: bool = False
-    """By an earlier Braid: its head made 1 GiB of logits at once and kept its weight's gradient, and values
-    were a view of what the fused linear returned, which was kept for them.
+    """By a still earlier Braid: its head kept its weight's gradient, and values were a view of what the fused
+    linear returned, which was kept for them.
     """
 
     def more(self) -> float:
         """Bytes that were kept then and are not now."""
-        if not self.earlier:
-            return 0.0
         work, spec = self.work, self.work.spec
+        if not self.earlier:  # a block's logits went when those of the next were there
+            logits = 2 * work.tokens * spec.vocab_size
+            blocks = -(-logits // memory.LOGITS_BLOCK)
+            return logits / blocks if blocks > 1 else 0.0
         heads = spec.head_dim * (spec.num_attention_heads + spec.num_query_groups)
         gradient = 0 if work.lora is not None else 4 * spec.vocab_size * spec.hidden_size
         return 2.0 * heads * spec.num_layers * work.tokens + gradient
@@ -87,7 +89,8 @@ def test_estimate_is_near_what_was_measured(name: str, monkeypatch: pytest.Monke
         monkeypatch.setattr(memory, "LOGITS_BLOCK", 2**30)
     (rank,) = estimate(peak.work)
     assert (rank.total + peak.more()) / GIB == pytest.approx(peak.gib, rel=0.03)
-    assert rank.total / GIB == pytest.approx(peak.gib, rel=0.06)
+    if not peak.earlier:
+        assert rank.total / GIB == pytest.approx(peak.gib, rel=0.06)
 
 
 def test_states_are_18_bytes_a_parameter_and_shared_by_data_parallel_ranks() -> None:
@@ -98,6 +101,8 @@ def test_states_are_18_bytes_a_parameter_and_shared_by_data_parallel_ranks() -> 
     assert shared.lasting == (2 + 4 + 12 / 4) * parameters
     whole = OptimizerOptions(use_distributed_optimizer=False)
     assert estimate(workload("qwen2.5-7b", 4, optimizer=whole))[0].lasting == alone.lasting
+    half = OptimizerOptions(optimizer_cpu_offload=True, optimizer_offload_fraction=0.5)
+    assert estimate(workload("qwen2.5-7b", optimizer=half))[0].lasting == (2 + 4 + 6) * parameters
     # A run in fp32 has no master weights.
     assert estimate(workload("qwen2.5-7b", dtype="float32"))[0].lasting == 16 * parameters
 
