@@ -3,7 +3,7 @@
 #
 #   launch/qwen3_8b_lora_1gpu.sh [--flag value ...]
 #
-# No layout: 57 GiB by the estimate, of which 38 are activations of two packs of 4,096 tokens. The configuration has the
+# No layout: 56 GiB by the estimate, of which 38 are activations of two packs of 4,096 tokens. The configuration has the
 # parts. On several GPUs pass NPROC_PER_NODE: each trains on packs of its own.
 set -euo pipefail
 
