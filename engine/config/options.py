@@ -171,6 +171,14 @@ class OptimizerOptions:
     use_distributed_optimizer: bool = True
     """Shard optimizer states over the data-parallel ranks (ZeRO-1)."""
 
+    data_parallel_sharding_strategy: (
+        Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] | None
+    ) = None
+    """What data-parallel ranks shard: nothing (use_distributed_optimizer false), optimizer states (ZeRO-1,
+    the default), gradients too (ZeRO-2), or weights too (ZeRO-3). The last two are Megatron-FSDP, and not
+    available in this version: checkpoints of it cannot be saved.
+    """
+
     overlap_grad_reduce: bool = True
     """Reduce gradients while the backward pass still runs (data-parallel size > 1)."""
 

@@ -152,7 +152,7 @@ def save_after_idle_step(
     release(models)
 
 
-def _share(rows: Sequence[EncodedRow], *, groups: Any, size: int) -> list[Any]:
+def share_rows(rows: Sequence[EncodedRow], *, groups: Any, size: int) -> list[Any]:
     """A data-parallel rank's micro-batches of `size` rows."""
     layout = groups.layout
     mine = rows[groups.dp_rank :: layout.dp]
@@ -190,7 +190,7 @@ def train_layout(
     )
     layout = groups.layout
 
-    share = partial(_share, groups=groups, size=micro_batch_size)
+    share = partial(share_rows, groups=groups, size=micro_batch_size)
     eval_loss = evaluate(models, [share(steps[0])], spec.train_flops_per_token, groups, platform.device).loss
     run_pipeline(models, share(steps[0]), groups, device=platform.device, forward_only=False)
     gradients, copies = local_tensors(models, layout, groups, gradients=True)
@@ -246,7 +246,7 @@ def loss_curve(
     for rows, learning_rate in zip(steps, learning_rates, strict=True):
         set_learning_rate(optim, learning_rate, optimizer.weight_decay)
         result = train_step(
-            models, optim, _share(rows, groups=groups, size=micro_batch_size), groups, platform.device
+            models, optim, share_rows(rows, groups=groups, size=micro_batch_size), groups, platform.device
         )
         done = (result.losses, result.micro_batches)
         losses.append(global_totals(*done, spec.train_flops_per_token, groups, platform.device).loss)
