@@ -335,6 +335,7 @@ def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
     """`braid sft` on an open group: everything that a worker does between opening and closing its
     processes.
     """
+    from engine.config.adopt import adopt
     from engine.config.options import SftConfig
     from engine.config.parse import parse
     from engine.runtime import mcore
@@ -343,9 +344,9 @@ def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
     from launch.processes import World
     from launch.sft import draw, prepare_here, share_data, train
 
-    config, _ = parse(SftConfig, argv)
+    config, given = parse(SftConfig, argv)
     world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, started=True)
-    blueprint = draw(config, world)
+    blueprint = draw(config, world, adopted=adopt(config, given))
     platform = open_platform(device="cpu", dtype="float32", transformer_impl="torch", local_rank=rank)
     data = prepare_here(blueprint, world)
     groups = mcore.initialize(blueprint.layout, platform, seed=config.run.seed)
