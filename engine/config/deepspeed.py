@@ -105,12 +105,11 @@ def _sharding(adoption: Adoption, settings: Mapping[str, Any]) -> None:
     if overlap != AUTO:
         adoption.became("zero_optimization.overlap_comm", overlap, "overlap_param_gather", overlap)
     for name in keys.OFFLOADS:
-        _offload(adoption, name, settings.get(name))
+        if name in settings:
+            _offload(adoption, name, {} if settings[name] is None else settings[name])
 
 
 def _offload(adoption: Adoption, name: str, value: Any) -> None:
-    if value is None:
-        return
     if not isinstance(value, dict):
         raise ConfigError(f"{adoption.source}: {name} must be an object of settings, not {show(value)}")
     for key in value:
@@ -152,9 +151,11 @@ def _arithmetic(
     elif wanted and AUTO not in wanted.values():
         name = "bf16.enabled" if "bfloat16" in wanted else "fp16.enabled"
         adoption.became(name, False, "torch_dtype", "float32")
-    if settings.get("bf16.bf16_optimizer_states"):
+    name = "bf16.bf16_optimizer_states"
+    if name in settings:
+        stored = "bfloat16" if typed(adoption, name, settings[name], bool) else "float32"
         for option in ("exp_avg_dtype", "exp_avg_sq_dtype"):
-            adoption.became("bf16.bf16_optimizer_states", True, option, "bfloat16")
+            adoption.became(name, settings[name], option, stored)
     in_fp16 = (dtype or (config.model.torch_dtype if "torch_dtype" in given else None)) == "float16"
     _loss_scale(adoption, settings, in_fp16)
 
@@ -223,6 +224,12 @@ def _betas(adoption: Adoption, settings: Mapping[str, Any], given: Collection[st
 
 
 _SHAPES: Mapping[str, str] = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+_OF_ALL = ("warmup_num_steps", "warmup_type", "last_batch_iteration")
+_PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "WarmupLR": (*_OF_ALL, "warmup_min_lr", "warmup_max_lr"),
+    "WarmupDecayLR": (*_OF_ALL, "warmup_min_lr", "warmup_max_lr", "total_num_steps"),
+    "WarmupCosineLR": (*_OF_ALL, "warmup_min_ratio", "cos_min_ratio", "total_num_steps"),
+}
 # Parameters of each scheduler that say how it begins: at zero, here.
 _BEGINNINGS = ("warmup_min_lr", "warmup_min_ratio")
 
@@ -238,6 +245,10 @@ def _schedule(
         raise adoption.refuse(
             "scheduler.type", kind, f"no such schedule here; write one of {', '.join(_SHAPES)}, or remove it"
         )
+    prefix = "scheduler.params."
+    for name in settings:
+        if name.startswith(prefix) and name.removeprefix(prefix) not in _PARAMETERS[kind]:
+            raise adoption.refuse(name, settings[name], f"{kind} has no such parameter; remove it")
     adoption.became("scheduler.type", kind, "lr_scheduler_type", _SHAPES[kind])
     for key in _BEGINNINGS:
         name = f"scheduler.params.{key}"
@@ -252,19 +263,19 @@ def _schedule(
     if name in settings:
         adoption.note(name, -1, "implied", "a resumed run goes on where it was")
     _warmup(adoption, settings)
-    name = "scheduler.params.warmup_max_lr"
-    if settings.get(name, AUTO) == AUTO:
-        if name in settings:
-            adoption.note(name, AUTO, "implied", "learning_rate as given to Braid")
-    else:
-        value = settings[name]
-        adoption.became(name, value, "learning_rate", typed(adoption, name, value, float))
-    _end_of_schedule(adoption, settings, config, given)
+    _end_of_schedule(adoption, settings, given)
     if kind == "WarmupCosineLR":
         _cosine(adoption, settings, config)
 
 
 def _warmup(adoption: Adoption, settings: Mapping[str, Any]) -> None:
+    """Its length, its shape and the learning rate at its end."""
+    name = "scheduler.params.warmup_max_lr"
+    value = settings.get(name, AUTO)
+    if value != AUTO:
+        adoption.became(name, value, "learning_rate", typed(adoption, name, value, float))
+    elif name in settings:
+        adoption.note(name, AUTO, "implied", "learning_rate as given to Braid")
     name = "scheduler.params.warmup_num_steps"
     steps = settings.get(name, 1000)
     if steps == AUTO:
@@ -272,10 +283,12 @@ def _warmup(adoption: Adoption, settings: Mapping[str, Any]) -> None:
     else:
         wanted = typed(adoption, name, steps, int)
         adoption.became(name, steps, "warmup_steps", wanted)
-        if wanted == 0:
-            return
     name = "scheduler.params.warmup_type"
     shape = settings.get(name, "log")
+    if steps == 0:
+        if name in settings:
+            adoption.note(name, shape, "implied", "there is no warm-up")
+        return
     if shape != "linear":
         by_default = "" if name in settings else " (DeepSpeed's default)"
         raise adoption.refuse(
@@ -284,9 +297,7 @@ def _warmup(adoption: Adoption, settings: Mapping[str, Any]) -> None:
     adoption.note(name, shape, "implied", "the learning rate rises linearly")
 
 
-def _end_of_schedule(
-    adoption: Adoption, settings: Mapping[str, Any], config: SftConfig, given: Collection[str]
-) -> None:
+def _end_of_schedule(adoption: Adoption, settings: Mapping[str, Any], given: Collection[str]) -> None:
     name = "scheduler.params.total_num_steps"
     if name not in settings:
         return

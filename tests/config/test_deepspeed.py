@@ -148,6 +148,39 @@ def test_every_setting_is_in_the_table_once_for_each_thing_it_became() -> None:
         assert {name for name, _ in listed} == from_file
 
 
+# One setting each, with what it needs beside it.
+BENIGN: dict[str, Any] = {
+    **{name: {bool: True, int: 2, float: 1.0}[kind] for name, (_, kind) in keys.DIRECT.items()},
+    **dict.fromkeys((*keys.IMPLIED, *keys.NO_COUNTERPART), True),
+    **{name: allowed[0] for name, (allowed, _) in keys.ONLY.items()},
+    **{name: {"enabled": False} for name in (*keys.WATCHING, *keys.CHANGING)},
+    **dict.fromkeys(keys.OFFLOADS, None),
+    "zero_optimization.stage": 1, "bf16.enabled": False, "fp16.enabled": False,
+    "bf16.bf16_optimizer_states": False, "fp16.loss_scale": 0, "fp16.loss_scale_window": 1000,
+    "fp16.hysteresis": 2, "fp16.min_loss_scale": 1, "optimizer.type": "AdamW", "optimizer.params.lr": 1e-4,
+    "optimizer.params.betas": [0.9, 0.95], "optimizer.params.eps": 1e-8,
+    "optimizer.params.weight_decay": 0.1, "scheduler.type": "WarmupLR", "scheduler.params.warmup_min_lr": 0,
+    "scheduler.params.warmup_max_lr": 1e-4, "scheduler.params.warmup_num_steps": 0,
+    "scheduler.params.warmup_type": "log", "scheduler.params.total_num_steps": "auto",
+    "scheduler.params.warmup_min_ratio": 0, "scheduler.params.cos_min_ratio": 0,
+    "scheduler.params.last_batch_iteration": -1,
+}  # fmt: skip
+OF_COSINE = ("total_num_steps", "warmup_min_ratio", "cos_min_ratio")
+
+
+@pytest.mark.parametrize("name", keys.KNOWN)
+def test_every_known_setting_is_in_the_table(name: str) -> None:
+    settings = with_({}, name, BENIGN[name])
+    if name.startswith("optimizer."):
+        settings = with_(settings, "optimizer.type", "AdamW")
+    if name.startswith("scheduler."):
+        cosine = name.rpartition(".")[2] in OF_COSINE
+        settings = with_(settings, "scheduler.type", "WarmupCosineLR" if cosine else "WarmupLR")
+        settings = with_(settings, "scheduler.params.warmup_num_steps", 0)
+    _, adoption = taken(json.dumps(settings), "--learning_rate", "1e-4")
+    assert name in {setting.name for setting in adoption.settings}
+
+
 def keys_of(settings: dict[str, Any]) -> list[tuple[str, Any]]:
     from engine.config.adoption import flat_settings
 
@@ -211,7 +244,12 @@ CHANGED = [
     ("scheduler.type", "OneCycle", "scheduler.type OneCycle: no such schedule here"),
     ("scheduler.params.warmup_type", "log", "the learning rate rises linearly; write"),
     ("scheduler.params.warmup_min_lr", 1e-6, "scheduler.params.warmup_min_lr 1e-06: the warm-up begins at"),
-    ("scheduler.params.total_num_steps", 50, "pass --max_steps 50"),
+    ("scheduler.params.total_num_steps", 50, "WarmupLR has no such parameter; remove it"),
+    (
+        "scheduler",
+        {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 0, "total_num_steps": 50}},
+        "pass --max_steps 50",
+    ),
     ("zero_optimization.stage", 4, "zero_optimization.stage must be 0, 1, 2 or 3, not 4"),
     ("zero_optimization.stage", True, "zero_optimization.stage must be a whole number, not true"),
     ("zero_optimization.stage", "auto", "zero_optimization.stage must be a whole number, not auto"),
