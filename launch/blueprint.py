@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from engine.config.adoption import Adoption
 from engine.config.batch import BatchShape, resolve_batch_shape
-from engine.config.options import LoraOptions, MoeOptions, SftConfig
+from engine.config.options import BatchOptions, LoraOptions, MoeOptions, SftConfig
 from engine.config.parallel import ParallelLayout
 from engine.config.parse import flatten
 from engine.config.recompute import check_recompute
@@ -42,6 +43,9 @@ class Blueprint:
     started: float
     """time.monotonic() at the start of the command."""
 
+    adopted: Adoption | None = None
+    """What came as settings of another trainer."""
+
     @property
     def micro_batch_multiple(self) -> int:
         """Tokens of a micro-batch are padded to a multiple of this: the layout cuts them, and fp8 products
@@ -55,8 +59,10 @@ class Blueprint:
         """The model and how ranks are laid out."""
         spec = self.spec
         adapter = [] if self.lora is None else [self.lora.summary(spec)]
+        adopted = [] if self.adopted is None else [self.adopted.table()]
         return "\n".join(
             [
+                *adopted,
                 f"model: {self.model_dir} ({spec.architecture}, {spec.num_parameters() / 1e6:,.1f} M "
                 f"parameters, {spec.num_layers} layers)",
                 *adapter,
@@ -66,9 +72,11 @@ class Blueprint:
         )
 
 
-def draw(config: SftConfig, world: World, *, damaged: Collection[Path] = ()) -> Blueprint:
-    """Check all settings against each other and the model; `damaged` are checkpoints not to resume from.
-    Raises UserError; imports neither torch nor Megatron.
+def draw(
+    config: SftConfig, world: World, *, damaged: Collection[Path] = (), adopted: Adoption | None = None
+) -> Blueprint:
+    """Check all settings against each other and the model; `damaged` are checkpoints not to resume from,
+    `adopted` is what `adopt` took over. Raises UserError; imports neither torch nor Megatron.
     """
     from engine.data.hub import find_model
     from engine.data.prepare import check_options
@@ -90,6 +98,8 @@ def draw(config: SftConfig, world: World, *, damaged: Collection[Path] = ()) -> 
     model_dir = find_model(options.model, use_hf=config.data.use_hf)
     spec = load_model_spec(model_dir)
     layout = lay_out(config, spec, world.size)
+    if adopted is not None:
+        _check_adopted_batch(config.batch, adopted, layout.dp)
     output_dir = Path(run.output_dir)
     resume = resolve_resume(
         run.resume_from_checkpoint, output_dir, damaged=damaged, restarted=restart_count() > 0
@@ -113,7 +123,23 @@ def draw(config: SftConfig, world: World, *, damaged: Collection[Path] = ()) -> 
         resume=resume,
         lora=lora,
         started=command_began(),
+        adopted=adopted,
     )
+
+
+def _check_adopted_batch(options: BatchOptions, adopted: Adoption, ranks: int) -> None:
+    """Raise ConfigError in DeepSpeed's words where its three numbers do not agree."""
+    request, accumulation = adopted.requests.get("global_batch_size"), options.gradient_accumulation_steps
+    if request is None:
+        return
+    micro = options.per_device_train_batch_size
+    rows = micro * ranks * (accumulation or 1)
+    if request.value != rows if accumulation else request.value % rows:
+        times = f" x gradient_accumulation_steps {accumulation}" if accumulation else ""
+        raise ConfigError(
+            f"{adopted.source}: {request.by} is not {'' if accumulation else 'a multiple of '}"
+            f"train_micro_batch_size_per_gpu {micro}{times} x {ranks} data-parallel ranks = {rows}"
+        )
 
 
 def lay_out(config: SftConfig, spec: ModelSpec, world_size: int) -> ParallelLayout:
@@ -195,8 +221,20 @@ def _refuse_unbuilt(config: SftConfig) -> None:
             raise ConfigError(f"report_to {name!r} is not known; choose from {', '.join(REPORTERS)}")
         if name not in ("tensorboard", "none") and find_spec(name) is None:
             raise ConfigError(f"report_to {name}: it is not installed; pip install {name}, or leave it out")
+    _refuse_full_sharding(config)
     if "none" in config.run.report_to and len(config.run.report_to) > 1:
         raise ConfigError("report_to none stands alone, not beside other names")
+
+
+def _refuse_full_sharding(config: SftConfig) -> None:
+    strategy = config.optimizer.data_parallel_sharding_strategy
+    if strategy in ("optim_grads", "optim_grads_params"):
+        name = "ZeRO-2" if strategy == "optim_grads" else "ZeRO-3, FSDP"
+        raise ConfigError(
+            f"data_parallel_sharding_strategy {strategy} ({name}): a run of it could not save a checkpoint "
+            f"in this version; take optim (--deepspeed zero1), which trains the same weights, with "
+            f"tensor_model_parallel_size for what does not fit"
+        )
 
 
 def check_ranges(config: SftConfig) -> None:
@@ -214,7 +252,7 @@ def check_ranges(config: SftConfig) -> None:
         raise ConfigError(f"export_steps {every} must be a multiple of save_steps, not {saves}")
     if values["loss_spike_factor"] is not None and values["loss_spike_factor"] <= 1:
         raise ConfigError(f"loss_spike_factor must be above 1, not {values['loss_spike_factor']}")
-    for name in ("learning_rate", "min_lr", "weight_decay", "max_grad_norm", "hang_timeout"):
+    for name in ("learning_rate", "min_lr", "warmup_steps", "weight_decay", "max_grad_norm", "hang_timeout"):
         if values[name] is not None and values[name] < 0:
             raise ConfigError(f"{name} must not be negative, not {values[name]}")
     for name in ("num_train_epochs", "adam_epsilon"):

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.config.adopt import adopt
+from engine.config.adoption import Adoption
 from engine.config.options import SftConfig
 from engine.config.parse import flatten, help_text, parse
 from engine.errors import CheckpointError, ConfigError, OutputError
@@ -49,18 +51,20 @@ def sft(argv: Sequence[str]) -> int:
         print("usage: braid sft [--config FILE.yaml] [--flag value ...]\n" + help_text(SftConfig))
         return 0
     began = time.monotonic()
-    config, _ = parse(SftConfig, argv, launch_environment())
+    config, given = parse(SftConfig, argv, launch_environment())
+    adopted = adopt(config, given)
     world = find_world(config.launch)
     if config.launch.max_restarts < 0:
         raise ConfigError(f"max_restarts must not be negative, not {config.launch.max_restarts}")
     # args.yaml records the processes that really run, whoever started them.
     config.launch.nproc_per_node, config.launch.nnodes = world.local_size, world.size // world.local_size
     if config.run.dry_run:
-        return _dry_run(draw(config, world)) if world.rank == 0 else 0
+        return _dry_run(draw(config, world, adopted=adopted)) if world.rank == 0 else 0
     if world.started or world.size == 1:
         place: list[str] = []
-        return run_worker(world, lambda: _worker(config, world, place), lambda: place[0] if place else "")
-    check_files(draw(config, world))
+        work = partial(_worker, config, adopted, world, place)
+        return run_worker(world, work, lambda: place[0] if place else "")
+    check_files(draw(config, world, adopted=adopted))
     return start_processes(config.launch, world, ["sft", *argv], began=began)
 
 
@@ -81,13 +85,13 @@ def _dry_run(blueprint: Blueprint) -> int:
     return 0
 
 
-def _worker(config: SftConfig, world: World, place: list[str]) -> None:
+def _worker(config: SftConfig, adopted: Adoption | None, world: World, place: list[str]) -> None:
     """One rank's whole run. `place` receives the rank's grid coordinates once they are known, for error
     messages.
     """
     startup = Startup(attempt_began())
     startup.mark("launch")
-    blueprint = draw(config, world)
+    blueprint = draw(config, world, adopted=adopted)
     open_world(world)
     if world.rank == 0:
         check_files(blueprint)
@@ -312,7 +316,7 @@ def settle_resume(blueprint: Blueprint, world: World) -> Blueprint:
         if world.rank == 0:
             print(f"{wrong}; passing {blueprint.resume.name} over", flush=True)
         damaged.append(blueprint.resume)
-        blueprint = draw(blueprint.config, world, damaged=damaged)
+        blueprint = draw(blueprint.config, world, damaged=damaged, adopted=blueprint.adopted)
     return blueprint
 
 

@@ -164,6 +164,9 @@ class OptimizerOptions:
     warmup_ratio: float = 0.05
     """Share of the steps in which the learning rate rises linearly from zero."""
 
+    warmup_steps: int | None = None
+    """Steps in which the learning rate rises linearly from zero; overrides warmup_ratio."""
+
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the schedule after the warm-up."""
 
@@ -197,6 +200,14 @@ class OptimizerOptions:
     use_distributed_optimizer: bool = True
     """Shard optimizer states over the data-parallel ranks (ZeRO-1)."""
 
+    data_parallel_sharding_strategy: (
+        Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] | None
+    ) = None
+    """What data-parallel ranks shard: nothing (use_distributed_optimizer false), optimizer states (ZeRO-1,
+    the default), gradients too (ZeRO-2), or weights too (ZeRO-3). The last two are Megatron-FSDP, and not
+    available in this version: checkpoints of it cannot be saved.
+    """
+
     overlap_grad_reduce: bool = True
     """Reduce gradients while the backward pass still runs (data-parallel size > 1)."""
 
@@ -204,6 +215,23 @@ class OptimizerOptions:
     """Gather updated parameters while the next forward pass runs (distributed optimizer, data-parallel size >
     1).
     """
+
+
+@dataclass(kw_only=True)
+class ForeignOptions:
+    """Settings of other trainers, which become options; `--dry_run` prints what becomes what."""
+
+    deepspeed: str | None = None
+    """zero0, zero1, zero2, zero3, zero2_offload, zero3_offload, a JSON file of DeepSpeed, or JSON itself."""
+
+    fsdp: list[str] | None = None
+    """full_shard, shard_grad_op, no_shard, auto_wrap or fsdp2, or a JSON file with fsdp and fsdp_config."""
+
+    fsdp_config: str | None = None
+    """JSON file, or JSON, with settings of FSDP."""
+
+    fsdp_transformer_layer_cls_to_wrap: list[str] = field(default_factory=list)
+    """Layers that FSDP shards as one; here always the decoder layers."""
 
 
 @dataclass(kw_only=True)
@@ -381,6 +409,7 @@ class SftConfig:
     data: DataOptions = field(default_factory=DataOptions)
     batch: BatchOptions = field(default_factory=BatchOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    foreign: ForeignOptions = field(default_factory=ForeignOptions)
     recompute: RecomputeOptions = field(default_factory=RecomputeOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     moe: MoeOptions = field(default_factory=MoeOptions)

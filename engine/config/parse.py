@@ -61,13 +61,17 @@ class Option:
 def options_of(config_type: Any) -> dict[str, Option]:
     """All options of a config by flag name. Its fields are option groups (dataclasses), or options
     themselves; the names in its `left_out`, if it has that, keep their defaults and are no flags.
+    `group.name` leaves out that group's, where another has an option of the same name.
     """
+    left_out = getattr(config_type, "left_out", ())
     default, found, hints = config_type(), {}, typing.get_type_hints(config_type)
     docs = _field_docs(config_type)
     for item in fields(config_type):
         value = getattr(default, item.name)
         if is_dataclass(value):
             for option in options_of(type(value)).values():
+                if f"{item.name}.{option.name}" in left_out:
+                    continue
                 found[option.name] = Option(
                     name=option.name,
                     group=item.name,
@@ -83,7 +87,6 @@ def options_of(config_type: Any) -> dict[str, Option]:
                 default=value,
                 help=docs.get(item.name, ""),
             )
-    left_out = getattr(config_type, "left_out", ())
     return {name: option for name, option in found.items() if name not in left_out}
 
 

@@ -99,7 +99,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         """
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         weight, grad_weight = weight_VH[:columns], None
-        buffer = getattr(weight_VH, "main_grad", None) if wants_weight else None
+        buffer = gradient_buffer(weight_VH) if wants_weight else None
         if wants_weight and buffer is None:
             grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32)
         sink = grad_weight if buffer is None else buffer
@@ -173,11 +173,18 @@ def give_gradient(weight: Tensor, grads: Tensor, inputs: Tensor) -> Tensor:
     [T, in], to Megatron's buffer in the product itself; what a backward pass then returns for it. Without a
     buffer that is the gradient.
     """
-    buffer = getattr(weight, "main_grad", None)
+    buffer = gradient_buffer(weight)
     if buffer is None:
         return product(grads.T, inputs).to(weight.dtype)
     add_product(buffer, grads.T, inputs)
     return _added(weight)
+
+
+def gradient_buffer(weight: Tensor) -> Tensor | None:
+    """Where gradients of a weight are added up. Megatron-FSDP has none: its buffer is of one micro-batch, and
+    holds an older one's until it copies the gradient there.
+    """
+    return None if getattr(weight, "__fsdp_param__", False) else getattr(weight, "main_grad", None)
 
 
 def _added(weight: Tensor) -> Tensor:
@@ -217,7 +224,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (index,), weight = ctx.saved_tensors, ctx.weight
         index, grad = index.flatten(), grad_outputs[0].flatten(0, -2)
-        buffer = getattr(weight, "main_grad", None)
+        buffer = gradient_buffer(weight)
         if buffer is None:
             return torch.zeros_like(weight).index_add_(0, index, grad), None
         buffer.index_add_(0, index, grad.to(buffer.dtype))

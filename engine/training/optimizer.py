@@ -11,26 +11,40 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from engine.config.options import OptimizerOptions
 from engine.model.gpt import BraidGPTModel
 from engine.runtime import mcore
+from engine.runtime.fsdp import shard_fully
 from engine.runtime.offload import offload
 
 
 def wrap_data_parallel(
     chunks: Sequence[BraidGPTModel], options: OptimizerOptions, groups: mcore.Groups
 ) -> list[DistributedDataParallel]:
-    """Gradient buffers in fp32, reduced over the data-parallel ranks while the backward pass runs."""
+    """Gradient buffers in fp32, reduced over the data-parallel ranks while the backward pass runs; or
+    Megatron-FSDP, where gradients, or weights too, are to be sharded.
+    """
     overlap = groups.layout.dp * groups.layout.cp > 1
-    values = {
+    values: dict[str, Any] = {
         "grad_reduce_in_fp32": True,
         "use_distributed_optimizer": options.use_distributed_optimizer,
         "overlap_grad_reduce": overlap and options.overlap_grad_reduce,
         "overlap_param_gather": overlap and _overlaps_param_gather(options),
         "check_for_nan_in_grad": False,
     }
+    if options.data_parallel_sharding_strategy in ("optim_grads", "optim_grads_params"):
+        values |= {
+            "use_megatron_fsdp": True,
+            "data_parallel_sharding_strategy": options.data_parallel_sharding_strategy,
+            # Megatron-FSDP turns them on in its own copy; the schedules read this one.
+            "overlap_grad_reduce": True,
+            "overlap_param_gather": options.data_parallel_sharding_strategy == "optim_grads_params",
+        }
     config = DistributedDataParallelConfig(**mcore.known_fields(DistributedDataParallelConfig, values))
+    if config.use_megatron_fsdp:
+        return [shard_fully(chunk, config, groups) for chunk in chunks]
     return [
         DistributedDataParallel(
             config=chunk.config,
@@ -83,6 +97,8 @@ def build_optimizer(
         # Megatron allows it in its own constructor only with an optimizer of Transformer Engine.
         setattr(config, f"{name}_dtype", moment_dtype)
     optimizer = get_megatron_optimizer(config, list(models), use_gloo_process_groups=False)
+    if not isinstance(optimizer, ChainedOptimizer):  # under Megatron-FSDP
+        optimizer = ChainedOptimizer([optimizer])
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.optimizer is not None:  # a rank without parameters to train
             part.optimizer.moment_dtypes = moments

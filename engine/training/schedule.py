@@ -22,12 +22,13 @@ class LearningRate:
 
     @classmethod
     def from_options(cls, options: OptimizerOptions, total_steps: int) -> "LearningRate":
-        """Warm-up steps are rounded up, as transformers' TrainingArguments does."""
+        """A share of the steps is rounded up, as transformers' TrainingArguments does."""
+        warmup = options.warmup_steps
         return cls(
             peak=options.learning_rate or 0.0,
             minimum=options.min_lr,
             shape=options.lr_scheduler_type,
-            warmup_steps=math.ceil(total_steps * options.warmup_ratio),
+            warmup_steps=math.ceil(total_steps * options.warmup_ratio) if warmup is None else warmup,
             total_steps=total_steps,
         )
 

@@ -152,7 +152,7 @@ def save_after_idle_step(
     release(models)
 
 
-def _share(rows: Sequence[EncodedRow], *, groups: Any, size: int) -> list[Any]:
+def share_rows(rows: Sequence[EncodedRow], *, groups: Any, size: int) -> list[Any]:
     """A data-parallel rank's micro-batches of `size` rows."""
     layout = groups.layout
     mine = rows[groups.dp_rank :: layout.dp]
@@ -190,7 +190,7 @@ def train_layout(
     )
     layout = groups.layout
 
-    share = partial(_share, groups=groups, size=micro_batch_size)
+    share = partial(share_rows, groups=groups, size=micro_batch_size)
     eval_loss = evaluate(models, [share(steps[0])], spec.train_flops_per_token, groups, platform.device).loss
     run_pipeline(models, share(steps[0]), groups, device=platform.device, forward_only=False)
     gradients, copies = local_tensors(models, layout, groups, gradients=True)
@@ -246,7 +246,7 @@ def loss_curve(
     for rows, learning_rate in zip(steps, learning_rates, strict=True):
         set_learning_rate(optim, learning_rate, optimizer.weight_decay)
         result = train_step(
-            models, optim, _share(rows, groups=groups, size=micro_batch_size), groups, platform.device
+            models, optim, share_rows(rows, groups=groups, size=micro_batch_size), groups, platform.device
         )
         done = (result.losses, result.micro_batches)
         losses.append(global_totals(*done, spec.train_flops_per_token, groups, platform.device).loss)
@@ -335,6 +335,7 @@ def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
     """`braid sft` on an open group: everything that a worker does between opening and closing its
     processes.
     """
+    from engine.config.adopt import adopt
     from engine.config.options import SftConfig
     from engine.config.parse import parse
     from engine.runtime import mcore
@@ -343,9 +344,9 @@ def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
     from launch.processes import World
     from launch.sft import draw, prepare_here, share_data, train
 
-    config, _ = parse(SftConfig, argv)
+    config, given = parse(SftConfig, argv)
     world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, started=True)
-    blueprint = draw(config, world)
+    blueprint = draw(config, world, adopted=adopt(config, given))
     platform = open_platform(device="cpu", dtype="float32", transformer_impl="torch", local_rank=rank)
     data = prepare_here(blueprint, world)
     groups = mcore.initialize(blueprint.layout, platform, seed=config.run.seed)

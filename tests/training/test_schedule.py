@@ -49,3 +49,10 @@ def test_warmup_steps_are_rounded_up() -> None:
     options = OptimizerOptions(warmup_ratio=0.05)
     assert LearningRate.from_options(options, 21).warmup_steps == 2
     assert LearningRate.from_options(options, 20).warmup_steps == 1
+
+
+def test_steps_of_warmup_override_their_share() -> None:
+    schedule = LearningRate.from_options(
+        OptimizerOptions(learning_rate=1.0, warmup_ratio=0.5, warmup_steps=4), 100
+    )
+    assert [schedule(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
