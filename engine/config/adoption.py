@@ -12,6 +12,7 @@ from engine.errors import ConfigError
 Kind = Literal["became", "implied", "no counterpart"]
 _LARGEST = 2**20
 _DEEPEST = 20
+_LONGEST = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +83,10 @@ def same(one: Any, other: Any) -> bool:
 
 
 def show(value: Any) -> str:
-    """A value as people write it in JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A value as people write it in JSON, on one line that is not too long."""
+    plain = isinstance(value, str) and value.isprintable() and value
+    text = value if plain else json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
 
 
 def read_json(text_or_path: str, flag: str) -> dict[str, Any]:
@@ -109,7 +112,7 @@ def read_json(text_or_path: str, flag: str) -> dict[str, Any]:
         reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
         raise ConfigError(f"{source} is not JSON: {' '.join(reason.split())}") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{source} must hold a JSON object of settings, not {show(content)[:40]}")
+        raise ConfigError(f"{source} must hold a JSON object of settings, not {show(content)}")
     return content
 
 

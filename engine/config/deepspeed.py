@@ -36,7 +36,7 @@ def adopt_deepspeed(word: str, config: SftConfig, given: Collection[str]) -> Ado
     else:
         if not word.lstrip().startswith("{") and not word.endswith(".json"):
             raise ConfigError(
-                f"--deepspeed {word} is neither a JSON file nor one of {', '.join(PRESETS)}"
+                f"--deepspeed {show(word)} is neither a JSON file nor one of {', '.join(PRESETS)}"
                 f"{nearest_name(word, tuple(PRESETS))}"
             )
         content = read_json(word, "--deepspeed")
@@ -58,7 +58,7 @@ def _check_name(adoption: Adoption, name: str, value: Any) -> None:
         return
     if any(known.startswith(f"{name}.") for known in keys.KNOWN):
         raise ConfigError(f"{adoption.source}: {name} must be an object of settings, not {show(value)}")
-    raise ConfigError(f"{adoption.source}: unknown setting {name}{nearest_name(name, keys.KNOWN)}")
+    raise ConfigError(f"{adoption.source}: unknown setting {show(name)}{nearest_name(name, keys.KNOWN)}")
 
 
 def _plain(adoption: Adoption, name: str, value: Any) -> None:
@@ -115,7 +115,7 @@ def _offload(adoption: Adoption, name: str, value: Any) -> None:
     for key in value:
         if key not in keys.OFFLOAD_KEYS:
             near = nearest_name(key, keys.OFFLOAD_KEYS)
-            raise ConfigError(f"{adoption.source}: unknown setting {name}.{key}{near}")
+            raise ConfigError(f"{adoption.source}: unknown setting {name}.{show(key)}{near}")
     device = value.get("device", "none")
     if device == "none":
         adoption.note(name, device, "implied", "nothing is offloaded")

@@ -71,7 +71,7 @@ def _read_file(path: str) -> tuple[list[str], dict[str, Any]]:
     content = read_json(path, "--fsdp")
     for name in content:
         if name not in ("fsdp", "fsdp_config"):
-            raise ConfigError(f"{path}: unknown setting {name}; it holds fsdp and fsdp_config")
+            raise ConfigError(f"{path}: unknown setting {show(name)}; it holds fsdp and fsdp_config")
     words, config = content.get("fsdp", "full_shard"), content.get("fsdp_config", {})
     if isinstance(words, bool):
         words = show(words)
@@ -85,7 +85,7 @@ def _strategy(adoption: Adoption, words: Sequence[str], config: Mapping[str, Any
     for word in (word.lower() for word in words):
         if word not in _WORDS:
             raise ConfigError(
-                f"{adoption.source}: unknown word {word}{nearest_name(word, _WORDS)}; words are "
+                f"{adoption.source}: unknown word {show(word)}{nearest_name(word, _WORDS)}; words are "
                 f"{', '.join(_WORDS)}"
             )
         if word in _HYBRID:
@@ -118,7 +118,7 @@ def _layers(adoption: Adoption, names: Sequence[str]) -> None:
 
 def _setting(adoption: Adoption, name: str, value: Any) -> None:
     if name not in _KNOWN:
-        raise ConfigError(f"{adoption.source}: unknown setting {name}{nearest_name(name, _KNOWN)}")
+        raise ConfigError(f"{adoption.source}: unknown setting {show(name)}{nearest_name(name, _KNOWN)}")
     if name == "transformer_layer_cls_to_wrap":
         names = value if isinstance(value, list) else [value]
         _layers(adoption, [typed(adoption, name, one, str) for one in names])

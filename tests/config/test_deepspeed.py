@@ -5,7 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from engine.config import deepspeed_keys as keys
 from engine.config.adopt import adopt
@@ -395,3 +398,22 @@ def test_tables_name_options_that_there_are() -> None:
     assert {option for option, _ in keys.DIRECT.values()} <= options.keys()
     assert len(keys.KNOWN) == len(set(keys.KNOWN))
     assert set(PRESETS) == {"zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"}
+
+
+VALUES = (
+    None, True, False, 0, 1, -1, 2**70, 1.5, 1e308, "", "auto", "cpu", "a\nb", [], [0.9, "x"], {},
+    {"device": []}, {"enabled": []}, {"a\nb": {"c": None}},
+)  # fmt: skip
+NAMES = (*keys.KNOWN, "zero_optimization", "optimizer.params", "x\ny")
+
+
+@hypothesis.settings(deadline=None, max_examples=300)
+@given(st.dictionaries(st.sampled_from(NAMES), st.sampled_from(VALUES), max_size=4))
+def test_any_values_are_taken_or_refused_in_one_line(changes: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+    for name in sorted(changes, reverse=True):
+        settings = with_(settings, name, changes[name])
+    try:
+        taken(json.dumps(settings))
+    except ConfigError as error:
+        assert "\n" not in str(error)  # noqa: PT017 - most are refused
