@@ -289,12 +289,9 @@ def _warmup(adoption: Adoption, settings: Mapping[str, Any]) -> None:
         if name in settings:
             adoption.note(name, shape, "implied", "there is no warm-up")
         return
-    if shape != "linear":
-        by_default = "" if name in settings else " (DeepSpeed's default)"
-        raise adoption.refuse(
-            name, shape, f'the learning rate rises linearly{by_default}; write "warmup_type": "linear"'
-        )
-    adoption.note(name, shape, "implied", "the learning rate rises linearly")
+    if shape not in ("linear", "log"):
+        raise adoption.refuse(name, shape, "write linear or log")
+    adoption.became(name, shape, "warmup_type", shape, default=name not in settings)
 
 
 def _end_of_schedule(adoption: Adoption, settings: Mapping[str, Any], given: Collection[str]) -> None:

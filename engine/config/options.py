@@ -167,6 +167,9 @@ class OptimizerOptions:
     warmup_steps: int | None = None
     """Steps in which the learning rate rises linearly from zero; overrides warmup_ratio."""
 
+    warmup_type: Literal["linear", "log"] = "linear"
+    """How it rises; log is DeepSpeed's default shape, log(step + 1) / log(warm-up steps)."""
+
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the schedule after the warm-up."""
 

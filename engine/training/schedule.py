@@ -19,6 +19,8 @@ class LearningRate:
     shape: str
     warmup_steps: int
     total_steps: int
+    warmup_type: str = "linear"
+    """log: DeepSpeed's, log(step + 1) / log(warmup_steps) of the peak."""
 
     @classmethod
     def from_options(cls, options: OptimizerOptions, total_steps: int) -> "LearningRate":
@@ -30,10 +32,13 @@ class LearningRate:
             shape=options.lr_scheduler_type,
             warmup_steps=math.ceil(total_steps * options.warmup_ratio) if warmup is None else warmup,
             total_steps=total_steps,
+            warmup_type=options.warmup_type,
         )
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
+            if self.warmup_type == "log":
+                return self.peak * math.log(step + 1) / math.log(max(2, self.warmup_steps))
             return self.peak * step / max(1, self.warmup_steps)
         if self.shape == "constant":
             return self.peak

@@ -56,3 +56,15 @@ def test_steps_of_warmup_override_their_share() -> None:
         OptimizerOptions(learning_rate=1.0, warmup_ratio=0.5, warmup_steps=4), 100
     )
     assert [schedule(step) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_warmup_by_the_logarithm() -> None:
+    options = OptimizerOptions(
+        learning_rate=2.0, warmup_steps=9, warmup_type="log", lr_scheduler_type="constant"
+    )
+    schedule = LearningRate.from_options(options, 20)
+    assert schedule(0) == 0.0
+    assert schedule(2) == pytest.approx(1.0)  # log 3 is half of log 9
+    assert schedule(8) == schedule(9) == schedule(19) == 2.0
+    single = OptimizerOptions(learning_rate=2.0, warmup_steps=1, warmup_type="log")
+    assert LearningRate.from_options(single, 20)(0) == 0.0
