@@ -111,7 +111,7 @@ def open_platform(
         torch.cuda.set_device(local_rank)
     else:
         install_cpu()
-        _share_cores()
+    _share_cores()
     return Platform(
         device=torch.device("cuda", local_rank) if on_cuda else _CPU,
         backend="nccl" if on_cuda else "gloo",
@@ -144,7 +144,7 @@ def _silence_import_chatter() -> None:
 
 def _share_cores() -> None:
     """Give each local process its share of the cores: more threads than cores make small CPU runs many times
-    slower.
+    slower, and the one thread that torchrun gives a process would make the optimizer on the host slow.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "OMP_NUM_THREADS" not in os.environ or processes > 1:
