@@ -1,7 +1,6 @@
 """Options that came as settings of DeepSpeed or FSDP, put in place. Pure Python."""
 
 from collections.abc import Collection
-from dataclasses import fields
 
 from engine.config.adoption import Adoption, Request, same, show
 from engine.config.deepspeed import adopt_deepspeed
@@ -50,12 +49,7 @@ def _apply(request: Request, source: str, config: SftConfig, given: Collection[s
 
 
 def _offload(adoption: Adoption, config: SftConfig) -> None:
-    if not any(item.name == "optimizer_cpu_offload" for item in fields(OptimizerOptions)):
-        raise ConfigError(
-            f"{adoption.source}: {adoption.offloads_optimizer}: optimizer states in CPU memory are not "
-            f"available in this version; write none, or take the name without _offload"
-        )
-    setattr(config.optimizer, "optimizer_cpu_offload", True)  # noqa: B010 - added by another option
+    config.optimizer.optimizer_cpu_offload = True
     name, _, device = str(adoption.offloads_optimizer).rpartition(" ")
     adoption.note(name, device, "became", "optimizer_cpu_offload true")
 

@@ -14,7 +14,7 @@ from engine.config import deepspeed_keys as keys
 from engine.config.adopt import adopt
 from engine.config.adoption import Adoption
 from engine.config.deepspeed import PRESETS
-from engine.config.options import OptimizerOptions, SftConfig
+from engine.config.options import SftConfig
 from engine.config.parse import flatten, options_of, parse
 from engine.errors import ConfigError
 
@@ -111,13 +111,12 @@ def test_names(name: str, strategy: str) -> None:
     assert changed == ({"use_distributed_optimizer"} if name == "zero0" else set())
 
 
-def test_offloading_asks_for_an_option_that_another_part_may_have() -> None:
-    if "optimizer_cpu_offload" in vars(OptimizerOptions()):
-        assert taken("zero2_offload")[0]["optimizer_cpu_offload"] is True
-    else:
-        assert "offload_optimizer cpu: optimizer states in CPU memory are not available" in refusal(
-            "zero2_offload"
-        )
+def test_offloading_keeps_the_optimizer_on_the_host() -> None:
+    assert taken("zero2_offload")[0]["optimizer_cpu_offload"] is True
+    settings = with_({}, "zero_optimization.stage", 1)
+    settings = with_(settings, "zero_optimization.offload_optimizer", {"device": "cpu"})
+    assert taken(json.dumps(settings))[0]["optimizer_cpu_offload"] is True
+    assert taken("zero1")[0]["optimizer_cpu_offload"] is False
     assert "offload_param cpu: weights cannot be kept in CPU memory" in refusal("zero3_offload")
 
 
