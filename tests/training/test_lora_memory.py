@@ -3,6 +3,7 @@
 import gc
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from engine.config.options import OptimizerOptions, ParallelOptions, RecomputeOptions
 from engine.config.parallel import ParallelLayout
@@ -64,10 +65,12 @@ def train_and_count(rank: int, world_size: int) -> dict[str, int]:
 
 
 def living_bytes() -> int:
-    """Bytes of the distinct storages of all tensors in this process."""
+    """Bytes of the distinct storages of all tensors in this process. Tensors around others have none of their
+    own; earlier tests in the process may have left some.
+    """
     storages = {}
     for found in gc.get_objects():
-        if isinstance(found, torch.Tensor):
+        if isinstance(found, torch.Tensor) and not is_traceable_wrapper_subclass(found):
             storage = found.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
