@@ -51,3 +51,8 @@ class StoppedError(UserError):
     """
 
     exit_code = 75
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, fit for a message of one line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

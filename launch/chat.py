@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.config.parse import help_text, parse
-from engine.errors import ConfigError, ModelError
+from engine.errors import ConfigError, ModelError, first_line
 
 _USAGE = """usage: braid chat --model DIR [--adapter DIR] [--system TEXT]
 
@@ -100,7 +100,7 @@ class Conversation:
 
         torch.manual_seed(options.seed)
         self.options = options
-        model, adapter = places(options)
+        model, adapter = places(options.model or "", options.adapter, use_hf=options.use_hf)
         self.model, self.tokenizer = load(model, adapter, options)
         self.messages: list[dict[str, str]] = []
         self.clear()
@@ -132,12 +132,11 @@ class Conversation:
         return answer
 
 
-def places(options: ChatOptions) -> tuple[str, str | None]:
-    """Where the base and the adapter are. Raises ConfigError or ModelError."""
+def places(model: str, adapter: str | None, *, use_hf: bool | None) -> tuple[str, str | None]:
+    """Where the base and the adapter are; `model` may be an adapter that names its base. Raises UserError."""
     from engine.data.hub import find_model
     from engine.model.lora_spec import CONFIG_FILE, read_lora_config
 
-    model, adapter = options.model or "", options.adapter
     if adapter is None and (Path(model) / CONFIG_FILE).is_file():
         read_lora_config(Path(model))  # says what is wrong with it
         config = json.loads((Path(model) / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -147,7 +146,7 @@ def places(options: ChatOptions) -> tuple[str, str | None]:
         model, adapter = str(base), model
     if adapter is not None:
         read_lora_config(Path(adapter))
-    return find_model(model, use_hf=options.use_hf), adapter
+    return find_model(model, use_hf=use_hf), adapter
 
 
 def load(model: str, adapter: str | None, options: ChatOptions) -> tuple[Any, Any]:
@@ -176,7 +175,7 @@ def load(model: str, adapter: str | None, options: ChatOptions) -> tuple[Any, An
         if adapter is not None:
             loaded = _with_adapter(loaded, adapter)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{adapter or model} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"{adapter or model} cannot be loaded: {first_line(error)}") from error
     return loaded.to("cuda" if cuda else "cpu").eval(), tokenizer
 
 

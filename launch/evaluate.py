@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from engine.config.parse import help_text, parse
 from engine.errors import ConfigError
-from launch.chat import ChatOptions, places
+from launch.chat import places
 
 _USAGE = "usage: braid eval --model DIR [--adapter DIR] --tasks gsm8k ifeval ...\n"
 
@@ -79,7 +79,7 @@ def evaluate(argv: Sequence[str]) -> int:
 
 def lm_eval_command(options: EvalOptions) -> list[str]:
     """The words behind `lm_eval`. Raises ConfigError or ModelError."""
-    model, adapter = places(ChatOptions(model=options.model, adapter=options.adapter, use_hf=options.use_hf))
+    model, adapter = places(options.model or "", options.adapter, use_hf=options.use_hf)
     settings = {"pretrained": model, "dtype": options.torch_dtype} | ({"peft": adapter} if adapter else {})
     for name, value in settings.items():
         if "," in value:

@@ -1,12 +1,12 @@
 """Settings of another trainer on their way to options: what each became is recorded. Pure Python."""
 
-import difflib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.config.parse import nearest
 from engine.errors import ConfigError
 
 Kind = Literal["became", "implied", "no counterpart"]
@@ -141,8 +141,8 @@ def flat_settings(
 
 def nearest_name(name: str, known: Collection[str]) -> str:
     """`; did you mean ...?`, or nothing where nothing is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = nearest(name, known)
+    return f"; did you mean {near}?" if near else ""
 
 
 def typed(adoption: Adoption, name: str, value: Any, kind: type) -> Any:

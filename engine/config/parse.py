@@ -11,7 +11,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -227,6 +227,11 @@ def _to_float(value: Any) -> float:
     return number
 
 
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The one of `known` that `name` may have been meant to be."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.6)), None)
+
+
 def _resolve_names(
     values: Mapping[str, Any], table: Mapping[str, Option], *, where: str, prefix: str = ""
 ) -> dict[str, Any]:
@@ -240,8 +245,8 @@ def _resolve_names(
             raise ConfigError(f"{prefix}{given}: {NOT_BUILT[name]} is not available in this version")
         if name not in table:
             aliases = [alias for alias, meant in ALIASES.items() if meant in table]
-            near = difflib.get_close_matches(given, [*table, *aliases], n=1, cutoff=0.6)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else "; see --help for all options"
+            near = nearest(given, [*table, *aliases])
+            hint = f"; did you mean {prefix}{near}?" if near else "; see --help for all options"
             raise ConfigError(f"{where}: unknown option {prefix}{given}{hint}")
         if name in resolved:
             first = spelling[name]

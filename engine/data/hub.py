@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from engine.errors import ConfigError, DataError, UserError
+from engine.errors import ConfigError, DataError, UserError, first_line
 
 # Hugging Face has no other names; ModelScope's are as plain.
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
@@ -31,8 +31,9 @@ def find_model(name: str, *, use_hf: bool | None) -> str:
         return str(download(name, allow_patterns=_MODEL_FILES))
     except Exception as error:  # clients raise many types, and none is a bug of this program
         raise ConfigError(
-            f"{what}, and {site} could not be reached or has no such model ({_reason(error)}); "
-            f"download it where there is a network, and pass --model DIR"
+            f"{what}, and {site} could not be reached or has no such model "
+            f"({type(error).__name__}: {first_line(error)}); download it where there is a "
+            f"network, and pass --model DIR"
         ) from error
 
 
@@ -52,7 +53,7 @@ def read_table(name: str, *, use_hf: bool | None, streaming: bool) -> Iterable[A
     except Exception as error:
         raise DataError(
             f"{what}: {site} could not be reached or has no such data set with a train split "
-            f"({_reason(error)}); pass a local file"
+            f"({type(error).__name__}: {first_line(error)}); pass a local file"
         ) from error
 
 
@@ -68,8 +69,3 @@ def _imported(package: str, what: str, error: type[UserError]) -> Any:
     except ImportError as missing:
         other = "; or pass --use_hf true" if package == "modelscope" else ""
         raise error(f"{what}; this needs `pip install {package}`{other}; or pass a local path") from missing
-
-
-def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -20,7 +20,7 @@ from engine.data.sources import (
 )
 from engine.data.store import TokenStore, build_store, encode_rows, open_store
 from engine.data.template import ChatTemplate
-from engine.errors import ConfigError, DataError
+from engine.errors import ConfigError, DataError, first_line
 
 # Padding is masked everywhere, so any id that every vocabulary has will do.
 PAD_ID = 0
@@ -180,5 +180,5 @@ def load_tokenizer(model_dir: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(model_dir), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a broken tokenizer
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"the tokenizer of {model_dir} cannot be loaded: {reason}") from error

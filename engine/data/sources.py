@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from engine.data.hub import read_table
-from engine.errors import ConfigError, DataError
+from engine.errors import ConfigError, DataError, first_line
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 # Names that end like files are never looked up on the hub: a typo in a path is no reason to go online.
@@ -268,14 +268,10 @@ def _read_parquet(path: Path) -> Iterator[Row]:
                     number += 1
                     yield _row(str(path), number, value)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a readable Parquet file ({_first_line(error)})") from error
+        raise DataError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
 
 
 def _row(source: str, number: int, value: Any) -> Row:
     if not isinstance(value, dict):
         raise DataError(f"{source}, row {number}: holds {type(value).__name__}, not an object with keys")
     return Row(source=source, number=number, value=value)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]

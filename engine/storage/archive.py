@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from engine.errors import CheckpointError, ModelError
+from engine.errors import CheckpointError, ModelError, first_line
 from engine.storage.files import FileRange, inside, read_into, shown
 from engine.storage.metadata import DistChunk, DistTensor, check_pickle
 
@@ -126,7 +126,7 @@ def load_object(path: Path, start: int, length: int, *, what: str) -> Any:
     try:
         return _load_plain(path, start, length)
     except Exception as error:  # damaged archives and refused pickles raise almost anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{path} is damaged at {shown(what)} ({shown(reason)}); use another checkpoint"
         ) from error

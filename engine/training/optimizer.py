@@ -99,7 +99,7 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, list(models), use_gloo_process_groups=False)
     if not isinstance(optimizer, ChainedOptimizer):  # under Megatron-FSDP
         optimizer = ChainedOptimizer([optimizer])
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in optimizer.chained_optimizers:
         if part.optimizer is not None:  # a rank without parameters to train
             part.optimizer.moment_dtypes = moments
             if options.optimizer_cpu_offload:
