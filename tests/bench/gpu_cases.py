@@ -12,8 +12,10 @@ LENGTH, LONG = 4096, 32768
 ROWS_MULTIPLE = 8
 """Of a global batch: whole micro-batches, and whole rows of LONG tokens."""
 
-_MICRO_BATCH: Mapping[str, int] = {"qwen2.5-1.5b": 4, "qwen2.5-3b": 2, "qwen2.5-7b": 1}
+_MICRO_BATCH: Mapping[str, int] = {"qwen2.5-1.5b": 4, "qwen2.5-3b": 4, "qwen2.5-7b": 2}
 _BF16_MOMENTS = ("--exp_avg_dtype", "bfloat16", "--exp_avg_sq_dtype", "bfloat16")
+_MLP_ACT = ("--recompute_granularity", "selective", "--recompute_modules", "mlp_act")
+"""Of what a layer keeps this is the largest part that costs no matrix product to compute again."""
 _LORA = ("--train_type", "lora", "--lora_rank", "16", "--lora_dropout", "0")
 _MODULES: Mapping[str, tuple[str, ...]] = {"te": ("transformer_engine",), "torch": ()}
 PEERS: Mapping[str, tuple[str, ...]] = {
@@ -85,14 +87,14 @@ def all_cases() -> list[Case]:
     small = "qwen2.5-1.5b"
     return [
         *_full(small),
-        *_even(small),
+        *_even(small, *_MLP_ACT, micro_batch=2),
         *_peers(small),
         *_full("qwen2.5-3b"),
         *_even("qwen2.5-3b", asked_only=True),
         *_peers("qwen2.5-3b", asked_only=True),
-        *_full("qwen2.5-7b", *_BF16_MOMENTS),
+        *_full("qwen2.5-7b", *_BF16_MOMENTS, *_MLP_ACT),
         *_fp8(),
-        *_even("qwen2.5-7b", *_BF16_MOMENTS, asked_only=True),
+        *_even("qwen2.5-7b", *_BF16_MOMENTS, *_MLP_ACT, asked_only=True),
         *_peers("qwen2.5-7b", asked_only=True),
         _long(),
         *_lora("qwen2.5-7b", target="NeMo AutoModel, H100: 14,110"),
@@ -143,11 +145,14 @@ def _full(shape: str, *flags: str) -> list[Case]:
     return _pair(f"{shape}-full", shape, flags, _MICRO_BATCH[shape])
 
 
-def _even(shape: str, *flags: str, asked_only: bool = False) -> list[Case]:
+def _even(
+    shape: str, *flags: str, micro_batch: int | None = None, asked_only: bool = False
+) -> list[Case]:
     """Full rows, the same work that the peers have: in packs, attention within short rows costs less."""
     peers = {name: f"{shape}-{name}" for name in PEERS}
     words = ("--lengths", "even", *flags)
-    return _pair(f"{shape}-even", shape, words, _MICRO_BATCH[shape], asked_only=asked_only, peers=peers)
+    size = micro_batch or _MICRO_BATCH[shape]
+    return _pair(f"{shape}-even", shape, words, size, asked_only=asked_only, peers=peers)
 
 
 def _lora(shape: str, *, target: str) -> list[Case]:
@@ -161,7 +166,7 @@ def _fp8() -> list[Case]:
             name=f"{shape}-full-fp8-{recipe}",
             shape=shape,
             flags=("--transformer_impl", "te", *_BF16_MOMENTS, "--fp8_recipe", recipe),
-            micro_batch=_MICRO_BATCH[shape],
+            micro_batch=1,  # copies of the weights in fp8 take the place of the second pack
             modules=_MODULES["te"],
             baselines={"bf16": f"{shape}-full-te"},
         )
