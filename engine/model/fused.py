@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.model.gradients import give_sums
 from engine.runtime.kernels import compiles_for
 
 
@@ -27,6 +28,7 @@ class _RmsNorm(torch.autograd.Function):
         source = x.contiguous()
         out, scales = _kernels().norm_forward(source, weight, eps)
         ctx.save_for_backward(source, weight, scales)
+        ctx.weight = weight  # the parameter itself, which has the gradient buffer
         return out, x
 
     @staticmethod
@@ -35,10 +37,10 @@ class _RmsNorm(torch.autograd.Function):
         grad, residual = (None if grad is None else grad.contiguous() for grad in grad_outputs)
         if grad is None:
             return residual, None, None
-        grads = _kernels().norm_backward(
+        of_x, parts = _kernels().norm_backward(
             grad, x, weight, scales, residual, wants_weight=ctx.needs_input_grad[1]
         )
-        return *grads, None
+        return of_x, None if parts is None else give_sums(ctx.weight, parts), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -136,7 +138,7 @@ class _Heads(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         mixed = mixed.contiguous()
         norms = None if q_weight is None or k_weight is None else (q_weight, k_weight)
-        ctx.eps, ctx.norms = eps, norms is not None
+        ctx.eps, ctx.bias, ctx.norms = eps, bias, norms  # parameters, which have gradient buffers
         ctx.save_for_backward(cos, sin, *((mixed, *norms) if norms else ()))
         found: tuple[Tensor, Tensor, Tensor] = _kernels().heads_forward(
             mixed, groups, cos, sin, bias, norms, eps
@@ -148,9 +150,16 @@ class _Heads(torch.autograd.Function):
         cos, sin, *rest = ctx.saved_tensors
         mixed, norms = (rest[0], tuple(rest[1:])) if ctx.norms else (None, None)
         grads = tuple(grad.contiguous() for grad in grad_outputs)
-        out, of_norms = _kernels().heads_backward(grads, mixed, cos, sin, norms, ctx.eps)
-        of_bias = out.sum(0) if ctx.needs_input_grad[4] else None
-        return out, None, None, None, of_bias, *(of_norms or (None, None)), None
+        out, bias_parts, norm_parts = _kernels().heads_backward(
+            grads, mixed, cos, sin, norms, ctx.eps, wants_bias=ctx.needs_input_grad[4]
+        )
+        of_bias = None if bias_parts is None else give_sums(ctx.bias, bias_parts)
+        of_norms: list[Tensor | None] = [None, None]
+        if norm_parts is not None:
+            for place, weight in enumerate(ctx.norms):
+                if ctx.needs_input_grad[5 + place]:
+                    of_norms[place] = give_sums(weight, norm_parts[:, place])
+        return out, None, None, None, of_bias, *of_norms, None
 
 
 def logit_statistics(logits_RV: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,8 +20,9 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from engine.model.fused import logit_statistics, logits_to_gradients
+from engine.model.gradients import added, gradient_buffer
 from engine.model.memory import LOGITS_BLOCK
-from engine.runtime.kernels import add_product, product
+from engine.runtime.kernels import add_product
 
 # Logits that exist at once. On a GPU few large products are fast; on a CPU whole passes stay near the cache.
 _BLOCK_BYTES = {"cuda": LOGITS_BLOCK, "cpu": 2**26}
@@ -136,9 +137,9 @@ class LinearCrossEntropy(torch.autograd.Function):
             grad_weight = grad_weight * share
         if ctx.weight is not None:
             torch._assert_async(share == 1, "the sum of losses is not the loss: its gradient is wrong")
-            added = _added(ctx.weight)
+            done = added(ctx.weight)
             # Of a shared weight the embedding's gradient comes later, and is what Megatron waits for.
-            grad_weight = None if getattr(ctx.weight, "shared_with_embedding", False) else added
+            grad_weight = None if getattr(ctx.weight, "shared_with_embedding", False) else done
         return grad_x, grad_weight, None, None, None, None
 
 
@@ -166,33 +167,6 @@ def _losses(logits_RV: Tensor, places: Tensor, group: dist.ProcessGroup | None) 
         maxima, (sums, picked) = highest, both.unbind()
     normalizer = maxima + sums.log()
     return normalizer - picked, normalizer
-
-
-def give_gradient(weight: Tensor, grads: Tensor, inputs: Tensor) -> Tensor:
-    """Add the gradient of a weight [out, in], from those of a linear's outputs [T, out] and its inputs
-    [T, in], to Megatron's buffer in the product itself; what a backward pass then returns for it. Without a
-    buffer that is the gradient.
-    """
-    buffer = gradient_buffer(weight)
-    if buffer is None:
-        return product(grads.T, inputs).to(weight.dtype)
-    add_product(buffer, grads.T, inputs)
-    return _added(weight)
-
-
-def gradient_buffer(weight: Tensor) -> Tensor | None:
-    """Where gradients of a weight are added up. Megatron-FSDP has none: its buffer is of one micro-batch, and
-    holds an older one's until it copies the gradient there.
-    """
-    return None if getattr(weight, "__fsdp_param__", False) else getattr(weight, "main_grad", None)
-
-
-def _added(weight: Tensor) -> Tensor:
-    """Tell Megatron that the gradient is in its buffer. It waits for one to come all the same, and does not
-    look at it.
-    """
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.empty_like(weight)
 
 
 class Embedding(VocabParallelEmbedding):
@@ -228,4 +202,4 @@ class _Rows(torch.autograd.Function):
         if buffer is None:
             return torch.zeros_like(weight).index_add_(0, index, grad), None
         buffer.index_add_(0, index, grad.to(buffer.dtype))
-        return _added(weight), None
+        return added(weight), None

@@ -18,7 +18,8 @@ from torch import Tensor
 from engine.model.attention import Segments, attend
 from engine.model.context_parallel import ContextParallel
 from engine.model.fused import rms_norm, rms_norm_and_input, split_heads, swiglu, swiglu_again
-from engine.model.head import Targets, give_gradient
+from engine.model.gradients import give_product
+from engine.model.head import Targets
 from engine.model.router import Balance
 from engine.model.spec import RopeSpec
 from engine.runtime import mcore
@@ -170,7 +171,7 @@ class _GatedProduct(torch.autograd.Function):
         active, of_both = swiglu_again(both, grad @ weight)
         if not ctx.needs_input_grad[1]:
             return of_both, None
-        return of_both, give_gradient(ctx.weight, grad.flatten(0, -2), active.flatten(0, -2))
+        return of_both, give_product(ctx.weight, grad.flatten(0, -2), active.flatten(0, -2))
 
 
 class RotaryTable(torch.nn.Module):

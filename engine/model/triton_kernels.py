@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs that share the rows of a norm's backward pass, each with a sum of its own of the weight's gradient.
-_NORM_PROGRAMS = 528
+# Programs that share the rows of a backward pass, each with a sum of its own of the gradient of a norm's
+# weight or of a bias: four and three for each of 132 multiprocessors.
+_NORM_PROGRAMS, _HEADS_PROGRAMS = 528, 396
 # Elements that a program works on at once.
 _TILE = 4096
 
@@ -54,6 +55,17 @@ def _norm_backward(
         tl.store(out + place, gradient.to(out.dtype.element_ty), mask=here)
     if WEIGHT:
         tl.store(sums + tl.program_id(0) * H + column, total, mask=column < H)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _add_column_sums(sums, total, rows, stride, H, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    found = tl.load(total + column, mask=column < H, other=0.0)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        here = (row < rows)[:, None] & (column < H)[None]
+        found += tl.sum(tl.load(sums + row[:, None] * stride + column[None], mask=here, other=0.0), axis=0)
+    tl.store(total + column, found, mask=column < H)
 
 
 @triton.jit
@@ -158,10 +170,12 @@ def _heads_forward(
 
 @triton.jit
 def _heads_backward_part(
-    grad, x, weight, out, slot, head, here, angles, total, eps,
-    HALF: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
+    grad, x, weight, out, slot, head, here, angles, total, of_bias, eps,
+    HALF: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """`total` and the gradient of the norm's weight from these heads, in two halves."""
+    """`total` and the gradient of the norm's weight from these heads, `of_bias` and that of their biases, in
+    two halves each.
+    """
     pair = tl.arange(0, HALF)[None]
     source, place = grad + head * 2 * HALF + pair, slot * 2 * HALF + pair
     first = tl.load(source, mask=here, other=0.0).to(tl.float32)
@@ -183,44 +197,60 @@ def _heads_backward_part(
         first, second = first * first_weight, second * second_weight
         mean = (tl.sum(first * first_x, axis=1) + tl.sum(second * second_x, axis=1))[:, None] / (2 * HALF)
         first, second = (first - first_x * mean) * scale, (second - second_x * mean) * scale
+    if BIAS:
+        first_bias, second_bias = of_bias
+        of_bias = (first_bias + first, second_bias + second)
     dtype = out.dtype.element_ty
     tl.store(out + place, first.to(dtype), mask=here)
     tl.store(out + place + HALF, second.to(dtype), mask=here)
-    return total
+    return total, of_bias
+
+
+@triton.jit
+def _store_halves(out, place, halves, here, HALF: tl.constexpr):
+    first, second = halves
+    tl.store(out + place, first, mask=here)
+    tl.store(out + place + HALF, second, mask=here)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _heads_backward(
-    of_query, of_key, of_value, mixed, q_weight, k_weight, out, sums, cos, sin, eps, T, G,
+    of_query, of_key, of_value, mixed, q_weight, k_weight, out, sums, bias_sums, cos, sin, eps, T, G,
     SHARE: tl.constexpr, HALF: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
-    NORM: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     size, nothing = G * 2 * HALF, tl.zeros((1, HALF), tl.float32)
     of_q, of_k = (nothing, nothing), (nothing, nothing)
+    no_q, no_k = tl.zeros((Q_HEADS, HALF), tl.float32), tl.zeros((K_HEADS, HALF), tl.float32)
+    q_bias, k_bias, v_bias = (no_q, no_q), (no_k, no_k), (no_k, no_k)
     head, group = tl.arange(0, Q_HEADS)[:, None], tl.arange(0, K_HEADS)[:, None]
     q_slot, k_slot = head // SHARE * (SHARE + 2) + head % SHARE, group * (SHARE + 2) + SHARE
     for number in range(tl.program_id(0), T, tl.num_programs(0)):
         token = tl.cast(number, tl.int64)
         x, target = mixed + token * size * (SHARE + 2), out + token * size * (SHARE + 2)
         angles = _angles(cos, sin, token, -1.0, HALF)
-        of_q = _heads_backward_part(
+        of_q, q_bias = _heads_backward_part(
             of_query + token * SHARE * size, x, q_weight, target, q_slot, head, head < G * SHARE, angles,
-            of_q, eps, HALF, NORM, True,
+            of_q, q_bias, eps, HALF, BIAS, NORM, True,
         )  # fmt: skip
-        of_k = _heads_backward_part(
-            of_key + token * size, x, k_weight, target, k_slot, group, group < G, angles, of_k, eps,
-            HALF, NORM, True,
+        of_k, k_bias = _heads_backward_part(
+            of_key + token * size, x, k_weight, target, k_slot, group, group < G, angles, of_k, k_bias, eps,
+            HALF, BIAS, NORM, True,
         )  # fmt: skip
-        _heads_backward_part(
-            of_value + token * size, x, k_weight, target, k_slot + 1, group, group < G, angles, of_k, eps,
-            HALF, False, False,
+        _, v_bias = _heads_backward_part(
+            of_value + token * size, x, k_weight, target, k_slot + 1, group, group < G, angles, of_k, v_bias,
+            eps, HALF, BIAS, False, False,
         )  # fmt: skip
+    pair = tl.arange(0, HALF)[None]
     if NORM:
-        at = sums + tl.program_id(0) * 4 * HALF + tl.arange(0, HALF)[None]
-        tl.store(at, of_q[0])
-        tl.store(at + HALF, of_q[1])
-        tl.store(at + 2 * HALF, of_k[0])
-        tl.store(at + 3 * HALF, of_k[1])
+        at, always = sums + tl.program_id(0) * 4 * HALF, pair < HALF
+        _store_halves(at, pair, of_q, always, HALF)
+        _store_halves(at + 2 * HALF, pair, of_k, always, HALF)
+    if BIAS:
+        at = bias_sums + tl.program_id(0) * size * (SHARE + 2)
+        _store_halves(at, q_slot * 2 * HALF + pair, q_bias, head < G * SHARE, HALF)
+        _store_halves(at, k_slot * 2 * HALF + pair, k_bias, group < G, HALF)
+        _store_halves(at, (k_slot + 1) * 2 * HALF + pair, v_bias, group < G, HALF)
 
 
 @triton.jit
@@ -234,11 +264,11 @@ def _logit_statistics(logits, places, maxima, sums, picked, V, BLOCK: tl.constex
     for first in range(0, V, BLOCK):
         column = first + tl.arange(0, BLOCK)
         value = tl.load(start + column, mask=column < V, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(highest, value)
-        # A lane that has seen nothing yet has no finite maximum to subtract.
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(highest - base) + tl.exp(value - base)
-        highest = higher
+        # One of the two exponentials is that of 0, and their rate is what bounds this kernel. A lane that has
+        # seen nothing yet, and behind the last column sees nothing, has no finite difference.
+        share = tl.where(value == highest, 1.0, tl.exp(-tl.abs(value - highest)))
+        total = tl.where(value > highest, total * share + 1.0, total + share)
+        highest = tl.maximum(highest, value)
     best = tl.max(highest, axis=0)
     tl.store(maxima + row, best)
     tl.store(sums + row, tl.sum(total * tl.exp(highest - best), axis=0))
@@ -275,8 +305,8 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]
 def norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, scales: Tensor, residual: Tensor | None, *, wants_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x, to which `residual` is added, and where it is wanted of the weight, in their dtypes;
-    all contiguous.
+    """The gradient of x, to which `residual` is added, in its dtype, and where it is wanted that of the
+    weight in parts, float32 [parts, H], which add up to it; all contiguous.
     """
     columns = x.shape[-1]
     rows, out = x.numel() // columns, torch.empty_like(x)
@@ -288,7 +318,16 @@ def norm_backward(
         x, weight, grad, residual, scales, out, sums, rows, columns,
         ROWS=height, COLUMNS=width, WEIGHT=wants_weight, RESIDUAL=residual is not None, num_warps=8,
     )  # fmt: skip
-    return out, sums.sum(0).to(weight.dtype) if wants_weight else None
+    return out, sums if wants_weight else None
+
+
+def add_column_sums(sums: Tensor, total: Tensor) -> None:
+    """total [H] += the sum of the rows of `sums` [parts, H], whose rows are contiguous; float32."""
+    rows, columns = sums.shape
+    if rows:
+        _add_column_sums[(triton.cdiv(columns, 16),)](
+            sums, total, rows, sums.stride(0), columns, ROWS=128, COLUMNS=16
+        )
 
 
 def swiglu_forward(x: Tensor) -> Tensor:
@@ -345,24 +384,28 @@ def heads_backward(
     sin: Tensor,
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Gradients of queries, keys and values, contiguous, and with norms what `heads_forward` took -> those of
-    [T, width], and of the weights of the norms.
+    *,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of queries, keys and values, contiguous, and with norms what `heads_forward` took -> that of
+    [T, width]; where it is wanted that of the bias in parts, float32 [parts, width], which add up to it; and
+    with norms those of both weights, [parts, 2, D].
     """
     (tokens, heads, dim), groups = grads[0].shape, grads[1].shape[1]
     out = grads[0].new_empty(tokens, (heads + 2 * groups) * dim)
-    programs = tokens if norms is None else min(tokens, _NORM_PROGRAMS)
-    sums = torch.empty(programs if norms else 0, 2, dim, dtype=torch.float32, device=out.device)
+    adds_up = norms is not None or wants_bias
+    programs = min(tokens, _HEADS_PROGRAMS) if adds_up else tokens
+    sums, bias_sums = (
+        torch.empty(programs if wanted else 0, *shape, dtype=torch.float32, device=out.device)
+        for wanted, shape in ((norms is not None, (2, dim)), (wants_bias, out.shape[1:]))
+    )
     if tokens:
         _heads_backward[(programs,)](
-            *grads, out if mixed is None else mixed, *(norms or (None, None)), out, sums, cos, sin, eps,
-            tokens, groups, **_head_sizes(groups, heads // groups, dim), NORM=norms is not None,
-            num_warps=4 if norms is None else 8,
+            *grads, out if mixed is None else mixed, *(norms or (None, None)), out, sums, bias_sums, cos, sin,
+            eps, tokens, groups, **_head_sizes(groups, heads // groups, dim), BIAS=wants_bias,
+            NORM=norms is not None, num_warps=8 if adds_up else 4,
         )  # fmt: skip
-    if norms is None:
-        return out, None
-    of_query, of_key = sums.sum(0).to(norms[0].dtype).unbind()
-    return out, (of_query, of_key)
+    return out, bias_sums if wants_bias else None, sums if norms is not None else None
 
 
 def _head_sizes(groups: int, share: int, dim: int) -> dict[str, int]:

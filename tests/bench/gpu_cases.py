@@ -145,9 +145,7 @@ def _full(shape: str, *flags: str) -> list[Case]:
     return _pair(f"{shape}-full", shape, flags, _MICRO_BATCH[shape])
 
 
-def _even(
-    shape: str, *flags: str, micro_batch: int | None = None, asked_only: bool = False
-) -> list[Case]:
+def _even(shape: str, *flags: str, micro_batch: int | None = None, asked_only: bool = False) -> list[Case]:
     """Full rows, the same work that the peers have: in packs, attention within short rows costs less."""
     peers = {name: f"{shape}-{name}" for name in PEERS}
     words = ("--lengths", "even", *flags)

@@ -53,6 +53,18 @@ def tables(tokens: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
 
 
+def assert_sums(parts: Tensor | None, wanted: Tensor) -> None:
+    """Parts of a gradient, [parts, n], add up to it, on top of what is there."""
+    import engine.model.triton_kernels as kernels
+
+    assert parts is not None
+    assert parts.shape[1:] == wanted.shape
+    total = numbers(*wanted.shape, like=parts, seed=8)
+    truth = total.double() + wanted
+    kernels.add_column_sums(parts, total)
+    assert_close(total, truth, torch.float32)
+
+
 def check_norm(like: Tensor, shape: Sequence[int]) -> None:
     """Values and both gradients; without the weight's where nobody wants it."""
     import engine.model.triton_kernels as kernels
@@ -67,10 +79,9 @@ def check_norm(like: Tensor, shape: Sequence[int]) -> None:
     out, kept = kernels.norm_forward(x, weight, EPSILON)
     assert_close(out, wanted, like.dtype)
     assert_close(kept, scales.flatten(), torch.float32)
-    found_x, found_weight = kernels.norm_backward(grad, x, weight, kept, None, wants_weight=True)
-    assert found_weight is not None
+    found_x, parts = kernels.norm_backward(grad, x, weight, kept, None, wants_weight=True)
     assert_close(found_x, of_x, like.dtype)
-    assert_close(found_weight, of_weight, like.dtype)
+    assert_sums(parts, of_weight)
     frozen_x, nothing = kernels.norm_backward(grad, x, weight, kept, None, wants_weight=False)
     assert nothing is None
     assert torch.equal(frozen_x, found_x)
@@ -78,7 +89,7 @@ def check_norm(like: Tensor, shape: Sequence[int]) -> None:
     both, again = kernels.norm_backward(grad, x, weight, kept, residual, wants_weight=True)
     assert_close(both, of_x + residual.double(), like.dtype)
     assert again is not None
-    assert torch.equal(again, found_weight)
+    assert torch.equal(again, parts)
 
 
 def check_swiglu(like: Tensor, shape: Sequence[int]) -> None:
@@ -113,22 +124,31 @@ def check_heads(
     cos, sin = tables(tokens, dim, like)
     sizes = ((tokens, heads, dim), (tokens, groups, dim), (tokens, groups, dim))
     grads = tuple(numbers(*size, like=like, seed=4 + i) for i, size in enumerate(sizes))
-    wide = [x.double().requires_grad_() for x in (mixed, *(weights or ()))]
-    whole = (wide[0] if shift is None else wide[0] + shift.double()).view(tokens, groups, -1, dim)
+    inputs = (mixed, *([] if shift is None else [shift]), *(weights or ()))
+    wide = [x.double().requires_grad_() for x in inputs]
+    whole = (wide[0] if shift is None else wide[0] + wide[1]).view(tokens, groups, -1, dim)
     parts = [whole[:, :, :-2].flatten(1, 2), whole[:, :, -2], whole[:, :, -1]]
     for i in range(2):
         if norms:
             scale = (parts[i].square().mean(-1, keepdim=True) + EPSILON).rsqrt()
-            parts[i] = parts[i] * scale * wide[1 + i]
+            parts[i] = parts[i] * scale * wide[i - 2]
         parts[i] = rotated(parts[i], cos, sin)
     found = kernels.heads_forward(mixed, groups, cos, sin, shift, weights, EPSILON)
     for out, truth in zip(found, parts, strict=True):
         assert out.is_contiguous()
         assert_close(out, truth, like.dtype)
     exact = torch.autograd.grad(parts, wide, [grad.double() for grad in grads])
-    of_mixed, of_norms = kernels.heads_backward(grads, mixed if norms else None, cos, sin, weights, EPSILON)
-    for gradient, truth in zip((of_mixed, *(of_norms or ())), exact, strict=True):
-        assert_close(gradient, truth, like.dtype)
+    of_mixed, of_bias, of_norms = kernels.heads_backward(
+        grads, mixed if norms else None, cos, sin, weights, EPSILON, wants_bias=bias
+    )
+    assert_close(of_mixed, exact[0], like.dtype)
+    assert (of_bias is not None) == bias
+    assert (of_norms is not None) == norms
+    if bias:
+        assert_sums(of_bias, exact[1])
+    if of_norms is not None:
+        for place in range(2):
+            assert_sums(of_norms[:, place], exact[place - 2])
 
 
 def places(rows: int, width: int, device: torch.device) -> Tensor:
@@ -179,7 +199,7 @@ def check_empty(like: Tensor) -> None:
     found, of_weight = kernels.norm_backward(out, out, weight, scales, None, wants_weight=True)
     assert found.shape == out.shape
     assert of_weight is not None
-    assert torch.equal(of_weight, torch.zeros_like(weight))
+    assert_sums(of_weight, torch.zeros_like(weight))
     assert kernels.swiglu_forward(nothing(0, 20)).shape == (0, 10)
     found, active = kernels.swiglu_backward(nothing(0, 10), nothing(0, 20), wants_active=True)
     assert found.shape == (0, 20)
@@ -189,10 +209,13 @@ def check_empty(like: Tensor) -> None:
     heads = kernels.heads_forward(nothing(0, width), 2, *angles, None, None, EPSILON)
     assert [x.shape for x in heads] == [(0, 4, 16), (0, 2, 16), (0, 2, 16)]
     pair = (numbers(16, like=like), numbers(16, like=like))
-    found, of_norms = kernels.heads_backward(heads, nothing(0, width), *angles, pair, EPSILON)
-    assert found.shape == (0, width)
-    assert of_norms is not None
-    assert not any(x.any() for x in of_norms)
+    for norms in (pair, None):
+        found, of_bias, of_norms = kernels.heads_backward(
+            heads, nothing(0, width), *angles, norms, EPSILON, wants_bias=norms is None
+        )
+        assert found.shape == (0, width)
+        parts = of_bias if of_norms is None else of_norms[:, 0]
+        assert_sums(parts, torch.zeros(width if norms is None else 16, device=like.device))
     assert [x.shape for x in kernels.logit_statistics(nothing(0, 9), labels)] == [(0,)] * 3
     kernels.logit_gradients(nothing(0, 9), labels, scales, torch.ones((), device=like.device))
 
