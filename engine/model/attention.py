@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.runtime.kernels import can_compile
+from engine.runtime.kernels import can_compile, to_device
 
 # Rows of queries that get a mask at once, where a segment sees more keys than it has queries.
 _MASK_ROWS = 1024
@@ -47,7 +47,7 @@ class Segments:
         """Of queries and of keys, from `list_tiles`, on the device: for the kernels that work by them."""
         of_queries, of_keys = map(torch.from_numpy, list_tiles(self.q_lengths, self.k_lengths))
         device = self.cu_q.device
-        return of_queries.to(device, non_blocking=True), of_keys.to(device, non_blocking=True)
+        return to_device(of_queries, device), to_device(of_keys, device)
 
     @classmethod
     def documents(cls, lengths: Sequence[int], device: torch.device) -> "Segments":
@@ -76,12 +76,12 @@ class Segments:
     ) -> "Segments":
         def boundaries(lengths: tuple[int, ...]) -> Tensor:
             sums = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32)
-            return sums.to(device, non_blocking=True)
+            return to_device(sums, device)
 
         index = None
         if not plain:
             ranges = [torch.arange(start, start + n) for start, n in zip(k_starts, k_lengths, strict=True)]
-            index = torch.cat(ranges).to(device, non_blocking=True)
+            index = to_device(torch.cat(ranges), device)
         return cls(
             q_lengths=q_lengths,
             k_starts=k_starts,

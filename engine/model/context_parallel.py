@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
 from engine.model.attention import own_chunks
+from engine.runtime.kernels import to_device
 
 
 def shard_positions(lengths: Sequence[int], rank: int, size: int) -> Tensor:
@@ -63,8 +64,8 @@ class ContextParallel:
             rank=rank,
             size=size,
             by_heads=by_heads,
-            order=order.to(device, non_blocking=True),
-            place=torch.argsort(order).to(device, non_blocking=True),
+            order=to_device(order, device),
+            place=to_device(torch.argsort(order), device),
         )
 
     def gather_tokens(self, x: Tensor) -> Tensor:

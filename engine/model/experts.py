@@ -31,6 +31,7 @@ from torch import Tensor
 
 from engine.model.fused import swiglu
 from engine.model.layers import GatedMLP
+from engine.runtime.kernels import to_device
 
 # One kernel for the matrices of all experts; torch 2.10 made it public.
 grouped_mm: Any = getattr(F, "grouped_mm", torch._grouped_mm)
@@ -119,7 +120,7 @@ class ExpertMatrices:
 def _grouped_linear(tokens: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
     """[N, in] and [K, out, in] -> [N, out]."""
     if tokens.is_cuda and tokens.dtype == torch.bfloat16 and _aligned(tokens, weight):
-        ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32).to(tokens.device, non_blocking=True)
+        ends = to_device(torch.tensor(list(accumulate(counts)), dtype=torch.int32), tokens.device)
         return grouped_mm(tokens, weight.transpose(1, 2), offs=ends)
     # Unbound at once: indexing would give every expert a gradient of the size of all.
     rows = zip(tokens.split(counts), weight.unbind(), strict=True)

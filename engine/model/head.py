@@ -66,7 +66,7 @@ class LossHead(ColumnParallelLinear):
             hidden, weight = hidden.detach(), weight.detach()
         scale = self.config.grad_scale_func
         return LinearCrossEntropy.apply(
-            hidden[:, 0].index_select(0, targets.index),
+            _Selected.apply(hidden[:, 0], targets.index),
             weight,
             targets.labels,
             columns,
@@ -141,6 +141,21 @@ class LinearCrossEntropy(torch.autograd.Function):
             # Of a shared weight the embedding's gradient comes later, and is what Megatron waits for.
             grad_weight = None if getattr(ctx.weight, "shared_with_embedding", False) else done
         return grad_x, grad_weight, None, None, None, None
+
+
+class _Selected(torch.autograd.Function):
+    """Rows of a matrix, each at most once: their gradients need not be added up, which takes atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (index,), (grad,) = ctx.saved_tensors, grad_outputs
+        return grad.new_zeros(ctx.rows, *grad.shape[1:]).index_copy_(0, index, grad), None
 
 
 def _blocks(rows: int, row_bytes: int, device: torch.device) -> list[slice]:

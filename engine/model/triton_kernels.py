@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs that share the rows of a backward pass, each with a sum of its own of the gradient of a norm's
-# weight or of a bias: four and three for each of 132 multiprocessors.
-_NORM_PROGRAMS, _HEADS_PROGRAMS = 528, 396
+# Programs that share the rows of a norm's backward pass, each with a sum of its own of the weight's gradient.
+_NORM_PROGRAMS = 528
+# The same of heads, by their warps: as many as a GPU of 132 multiprocessors has at once.
+_HEADS_PROGRAMS = {4: 528, 8: 396}
 # Elements that a program works on at once.
 _TILE = 4096
 
@@ -254,21 +255,23 @@ def _heads_backward(
 
 
 @triton.jit
-def _logit_statistics(logits, places, maxima, sums, picked, V, BLOCK: tl.constexpr):
+def _logit_statistics(logits, places, maxima, sums, picked, V, LANES: tl.constexpr):
     row = tl.program_id(0)
     start = logits + row.to(tl.int64) * V
     place = tl.load(places + row)
-    # Each lane keeps a maximum and a sum of its own, joined at the end.
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, V, BLOCK):
-        column = first + tl.arange(0, BLOCK)
+    # Each lane has a maximum and a sum of its own, joined at the end. It brings them up to date for eight
+    # logits at once: what takes the time here is instructions.
+    lane, eight = tl.arange(0, LANES)[:, None] * 8, tl.arange(0, 8)[None]
+    highest = tl.full((LANES,), float("-inf"), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    for first in range(0, V, LANES * 8):
+        column = first + lane + eight
         value = tl.load(start + column, mask=column < V, other=float("-inf")).to(tl.float32)
-        # One of the two exponentials is that of 0, and their rate is what bounds this kernel. A lane that has
-        # seen nothing yet, and behind the last column sees nothing, has no finite difference.
-        share = tl.where(value == highest, 1.0, tl.exp(-tl.abs(value - highest)))
-        total = tl.where(value > highest, total * share + 1.0, total + share)
-        highest = tl.maximum(highest, value)
+        higher = tl.maximum(highest, tl.max(value, axis=1))
+        # A lane that has seen nothing yet has no finite maximum to subtract.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(highest - base) + tl.sum(tl.exp(value - base[:, None]), axis=1)
+        highest = higher
     best = tl.max(highest, axis=0)
     tl.store(maxima + row, best)
     tl.store(sums + row, tl.sum(total * tl.exp(highest - best), axis=0))
@@ -326,7 +329,7 @@ def add_column_sums(sums: Tensor, total: Tensor) -> None:
     rows, columns = sums.shape
     if rows:
         _add_column_sums[(triton.cdiv(columns, 16),)](
-            sums, total, rows, sums.stride(0), columns, ROWS=128, COLUMNS=16
+            sums, total, rows, sums.stride(0), columns, ROWS=1024, COLUMNS=16, num_warps=8
         )
 
 
@@ -393,8 +396,9 @@ def heads_backward(
     """
     (tokens, heads, dim), groups = grads[0].shape, grads[1].shape[1]
     out = grads[0].new_empty(tokens, (heads + 2 * groups) * dim)
-    adds_up = norms is not None or wants_bias
-    programs = min(tokens, _HEADS_PROGRAMS) if adds_up else tokens
+    sizes = _head_sizes(groups, heads // groups, dim)
+    warps = 8 if norms is not None or sizes["Q_HEADS"] * dim > 2048 else 4
+    programs = min(tokens, _HEADS_PROGRAMS[warps])
     sums, bias_sums = (
         torch.empty(programs if wanted else 0, *shape, dtype=torch.float32, device=out.device)
         for wanted, shape in ((norms is not None, (2, dim)), (wants_bias, out.shape[1:]))
@@ -402,8 +406,7 @@ def heads_backward(
     if tokens:
         _heads_backward[(programs,)](
             *grads, out if mixed is None else mixed, *(norms or (None, None)), out, sums, bias_sums, cos, sin,
-            eps, tokens, groups, **_head_sizes(groups, heads // groups, dim), BIAS=wants_bias,
-            NORM=norms is not None, num_warps=8 if adds_up else 4,
+            eps, tokens, groups, **sizes, BIAS=wants_bias, NORM=norms is not None, num_warps=warps,
         )  # fmt: skip
     return out, bias_sums if wants_bias else None, sums if norms is not None else None
 
@@ -418,7 +421,7 @@ def logit_statistics(logits_MV: Tensor, places: Tensor) -> tuple[Tensor, Tensor,
     rows, width = logits_MV.shape
     maxima, sums, picked = (torch.empty(rows, device=logits_MV.device) for _ in range(3))
     if rows:
-        _logit_statistics[(rows,)](logits_MV, places, maxima, sums, picked, width, BLOCK=4096, num_warps=8)
+        _logit_statistics[(rows,)](logits_MV, places, maxima, sums, picked, width, LANES=512, num_warps=8)
     return maxima, sums, picked
 
 

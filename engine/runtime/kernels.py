@@ -48,6 +48,13 @@ def fused(function: _Function) -> _Function:
     return call  # type: ignore[return-value]
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy of a tensor on the host that is made when the device comes to it. From memory that is not pinned
+    the host would wait for all that the device has to do before.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """[n, k] and [k, m] of one dtype -> a @ b, float32 [n, m], rounded nowhere between."""
     if a.dtype == torch.float32:

@@ -1,10 +1,12 @@
 """One optimizer step and one evaluation pass through Megatron's pipeline schedules."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -16,6 +18,7 @@ from engine.model.attention import Segments
 from engine.model.context_parallel import ContextParallel, shard_positions
 from engine.model.head import Targets
 from engine.model.layers import DocumentParams, Routing
+from engine.runtime.kernels import to_device
 from engine.runtime.mcore import Groups
 
 
@@ -34,8 +37,9 @@ class DeviceBatch:
     def place(
         cls, batch: MicroBatch, groups: Groups, device: torch.device, *, experts: bool = False
     ) -> "DeviceBatch":
-        """Copy this rank's part of a micro-batch to `device` without waiting for it: under context
-        parallelism its chunks of every document, otherwise all tokens. `experts`: for a model that has some.
+        """Copy this rank's part of a micro-batch to `device` without waiting for it, or for what the device
+        has to do: under context parallelism its chunks of every document, otherwise all tokens. `experts`:
+        for a model that has some.
         """
         layout = groups.layout
         lengths = batch.cu_seqlens.diff().tolist()
@@ -44,8 +48,7 @@ class DeviceBatch:
             own = shard_positions(lengths, groups.cp_rank, layout.cp)
 
         def move(tensor: Tensor) -> Tensor:
-            part = tensor if own is None else tensor[own]
-            return part.to(device, non_blocking=True)[None]
+            return to_device(tensor if own is None else tensor[own], device)[None]
 
         documents = _document_params(batch, lengths, groups, device)
         if experts:
@@ -57,15 +60,17 @@ class DeviceBatch:
         mask, labels = batch.loss_mask, batch.labels
         if own is not None:
             mask, labels = mask[own], labels[own]
-        # Found here: to ask the device which tokens are supervised would mean to wait for it.
-        index = mask.nonzero()[:, 0]
+        # Found here: to ask the device which tokens are supervised would mean to wait for it. numpy does it
+        # at once; torch's threads, which share cores with those of other ranks, take milliseconds to begin.
+        index = np.flatnonzero(mask.numpy())
         documents.targets = Targets(
-            index=index.to(device, non_blocking=True), labels=labels[index].to(device, non_blocking=True)
+            index=to_device(torch.from_numpy(index), device),
+            labels=to_device(torch.from_numpy(labels.numpy()[index]), device),
         )
         return cls(
             tokens=move(batch.tokens),
             position_ids=move(batch.position_ids),
-            num_supervised=torch.tensor(len(index), dtype=torch.int32).to(device, non_blocking=True),
+            num_supervised=to_device(torch.tensor(len(index), dtype=torch.int32), device),
             documents=documents,
         )
 
@@ -85,7 +90,7 @@ def _document_params(
             device=device,
         )
     chunked = cp is not None and not cp.by_heads
-    cu_seqlens = batch.cu_seqlens.to(device, non_blocking=True)
+    cu_seqlens = to_device(batch.cu_seqlens, device)
     return DocumentParams(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
@@ -170,14 +175,15 @@ def run_pipeline(
     an empty list elsewhere.
     """
     experts = models[0].module.spec.moe is not None
-    placed = [DeviceBatch.place(batch, groups, device, experts=experts) for batch in batches]
-    iterators = [iter(placed) for _ in models]
+    # Each when the first chunk asks for it, while the device works on those before.
+    placed = (DeviceBatch.place(batch, groups, device, experts=experts) for batch in batches)
+    iterators = itertools.tee(placed, len(models))
     single = len(models) == 1
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iterators[0] if single else iterators,
+        data_iterator=iterators[0] if single else list(iterators),
         model=list(models),
-        num_microbatches=len(placed),
+        num_microbatches=len(batches),
         # With variable_seq_lengths the stages exchange the real shapes; this only has to be consistent.
         seq_length=max(batch.tokens.numel() for batch in batches),
         micro_batch_size=1,
