@@ -25,7 +25,7 @@ def random_store(options: BenchOptions, *, sequences: int, vocab_size: int) -> "
     if options.lengths == "even":
         lengths = np.full(sequences, options.max_length, dtype=np.int64)
     else:
-        lengths = _packable_lengths(random, options.max_length, sequences)
+        lengths = packable_lengths(random, options.max_length, sequences)
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
     total = int(offsets[-1])
     targets = np.clip(np.rint(lengths * options.supervised_share).astype(np.int64), 1, lengths - 1)
@@ -48,7 +48,7 @@ def random_store(options: BenchOptions, *, sequences: int, vocab_size: int) -> "
     )
 
 
-def _packable_lengths(random: np.random.Generator, max_length: int, packs: int) -> np.ndarray:
+def packable_lengths(random: np.random.Generator, max_length: int, packs: int) -> np.ndarray:
     """Log-normal lengths, int64, each in [2, max_length]; no packing of them needs less than `packs`."""
     wanted, parts, total = packs * max_length, [], 0
     while total < wanted:

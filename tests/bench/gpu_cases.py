@@ -12,7 +12,7 @@ LENGTH, LONG = 4096, 32768
 ROWS_MULTIPLE = 8
 """Of a global batch: whole micro-batches, and whole rows of LONG tokens."""
 
-_MICRO_BATCH: Mapping[str, int] = {"qwen2.5-1.5b": 4, "qwen2.5-3b": 4, "qwen2.5-7b": 2}
+_MICRO_BATCH: Mapping[str, int] = {"qwen2.5-1.5b": 2, "qwen2.5-3b": 4, "qwen2.5-7b": 2}
 _BF16_MOMENTS = ("--exp_avg_dtype", "bfloat16", "--exp_avg_sq_dtype", "bfloat16")
 _MLP_ACT = ("--recompute_granularity", "selective", "--recompute_modules", "mlp_act")
 """Of what a layer keeps this is the largest part that costs no matrix product to compute again."""
@@ -86,8 +86,9 @@ def all_cases() -> list[Case]:
     """In the order in which they run and are printed."""
     small = "qwen2.5-1.5b"
     return [
-        *_full(small),
-        *_even(small, *_MLP_ACT, micro_batch=2),
+        *_full(small, peers=_peer_names(small, "packed-")),
+        *_peers(small, packed=True),
+        *_even(small),
         *_peers(small),
         *_full("qwen2.5-3b"),
         *_even("qwen2.5-3b", asked_only=True),
@@ -141,16 +142,18 @@ def _pair(
     ]
 
 
-def _full(shape: str, *flags: str) -> list[Case]:
-    return _pair(f"{shape}-full", shape, flags, _MICRO_BATCH[shape])
+def _full(shape: str, *flags: str, peers: Mapping[str, str] | None = None) -> list[Case]:
+    return _pair(f"{shape}-full", shape, flags, _MICRO_BATCH[shape], peers=peers)
 
 
-def _even(shape: str, *flags: str, micro_batch: int | None = None, asked_only: bool = False) -> list[Case]:
-    """Full rows, the same work that the peers have: in packs, attention within short rows costs less."""
-    peers = {name: f"{shape}-{name}" for name in PEERS}
-    words = ("--lengths", "even", *flags)
-    size = micro_batch or _MICRO_BATCH[shape]
-    return _pair(f"{shape}-even", shape, words, size, asked_only=asked_only, peers=peers)
+def _even(shape: str, *flags: str, asked_only: bool = False) -> list[Case]:
+    """Full rows: every document fills one, and peers need no mask."""
+    words, peers = ("--lengths", "even", *flags), _peer_names(shape)
+    return _pair(f"{shape}-even", shape, words, _MICRO_BATCH[shape], asked_only=asked_only, peers=peers)
+
+
+def _peer_names(shape: str, kind: str = "") -> dict[str, str]:
+    return {name: f"{shape}-{kind}{name}" for name in PEERS}
 
 
 def _lora(shape: str, *, target: str) -> list[Case]:
@@ -184,16 +187,17 @@ def _long() -> Case:
     )
 
 
-def _peers(shape: str, *, asked_only: bool = False) -> list[Case]:
+def _peers(shape: str, *, packed: bool = False, asked_only: bool = False) -> list[Case]:
     """transformers, the same with Liger's kernels, and that again with fp32 weights as Braid has them."""
     # Without recomputation 7 B of plain transformers keep more than a card has.
     largest = shape == "qwen2.5-7b"
+    lengths = ("--lengths", "packed") if packed else ()
     return [
         Case(
-            name=f"{shape}-{name}",
+            name=f"{shape}-{'packed-' if packed else ''}{name}",
             shape=shape,
-            flags=(*flags, *(("--gradient_checkpointing",) if largest else ())),
-            micro_batch=2 if largest else _MICRO_BATCH[shape],
+            flags=(*flags, *lengths, *(("--gradient_checkpointing",) if largest else ())),
+            micro_batch=2 if largest else 4,
             peer=True,
             modules=("transformers", *(("liger_kernel",) if "--liger" in flags else ())),
             asked_only=asked_only,

@@ -2,8 +2,9 @@
 
 One process measures one setting and prints one line of JSON, with the fields that the bench.json of
 `braid bench train` has. The step is that of a plain training loop: the tokens of a step by accumulation over
-micro-batches of full rows, so that no place is padding and no mask is passed; gradients clipped at 1; torch's
-fused AdamW. Tokens are made on the device, so that no step waits for data. MFU counts FLOPs as Braid does.
+micro-batches; gradients clipped at 1; torch's fused AdamW. Rows are full, so that no place is padding and no
+mask is passed, or packs of such documents as Braid's, told apart by position ids, from which transformers
+makes a mask. Tokens are made on the device, so that no step waits for data. MFU counts FLOPs as Braid does.
 """
 
 import argparse
@@ -20,6 +21,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
+from engine.data.packing import pack
+from launch.bench.data import packable_lengths
 from launch.bench.shapes import SHAPES, spec_of_shape
 
 if TYPE_CHECKING:
@@ -48,6 +53,8 @@ class Setting:
     arithmetic: Arithmetic = "bfloat16"
     max_length: int = 4096
     """Tokens of every row."""
+    lengths: Literal["even", "packed"] = "even"
+    """Of documents: a row each, or drawn as `braid bench train` draws them, several in a row."""
     global_batch_size: int = 64
     """Rows of a step."""
     per_device_train_batch_size: int = 4
@@ -62,6 +69,51 @@ class Setting:
     @property
     def implementation(self) -> str:
         return "transformers + Liger" if self.liger else "transformers"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Which documents stand in the rows of all steps, [steps, rows of a step, max_length], on the device."""
+
+    position_ids: "torch.Tensor"
+    """int64; count from 0 in every document."""
+    is_target: "torch.Tensor"
+    """bool: not the first token of its document, and no padding."""
+    lengths: list[np.ndarray]
+    """Of a step's documents."""
+
+    @classmethod
+    def draw(cls, setting: Setting) -> "Rows":
+        """The lengths that `braid bench train` draws, in the same packs, in an order of their own."""
+        import torch
+
+        steps, capacity = setting.warmup_steps + setting.steps, setting.max_length
+        rows = steps * setting.global_batch_size
+        random = np.random.default_rng(setting.seed)
+        lengths = packable_lengths(random, capacity, rows)
+        packs = pack(lengths, capacity)
+        positions = np.zeros((rows, capacity), dtype=np.int64)
+        real = np.zeros((rows, capacity), dtype=bool)
+        members = [lengths[packs[number]] for number in random.permutation(len(packs))[:rows]]
+        for row, documents in enumerate(members):
+            used = documents.sum()
+            ends = np.cumsum(documents)
+            positions[row] = np.arange(capacity)
+            positions[row, :used] -= np.repeat(ends - documents, documents)
+            positions[row, used:] -= used
+            real[row, :used] = True
+        shape = (steps, setting.global_batch_size, capacity)
+        per_step = [np.concatenate(part) for part in _split(members, steps)]
+        return cls(
+            position_ids=torch.from_numpy(positions).view(shape).to(setting.device),
+            is_target=torch.from_numpy(real & (positions > 0)).view(shape).to(setting.device),
+            lengths=per_step,
+        )
+
+
+def _split(members: Sequence[np.ndarray], steps: int) -> list[Sequence[np.ndarray]]:
+    size = len(members) // steps
+    return [members[step * size : (step + 1) * size] for step in range(steps)]
 
 
 class Peer:
@@ -83,6 +135,8 @@ class Peer:
             fused=True,
         )
         self.generator = torch.Generator(self.device).manual_seed(setting.seed)
+        self.packs = Rows.draw(setting) if setting.lengths == "packed" else None
+        self.steps_taken = 0
 
     def rows(self, count: int) -> "torch.Tensor":
         """The next `count` rows of random ids, int64 [count, max_length]."""
@@ -92,21 +146,41 @@ class Peer:
         vocabulary = self.model.config.vocab_size
         return torch.randint(0, vocabulary, size, generator=self.generator, device=self.device)
 
+    def inputs(self, rows: slice) -> "dict[str, torch.Tensor]":
+        """Of the model, for these rows of the coming step."""
+        ids = self.rows(rows.stop - rows.start)
+        if self.packs is None:
+            return {"input_ids": ids, "labels": ids}
+        labels = ids.masked_fill(~self.packs.is_target[self.steps_taken, rows], -100)
+        positions = self.packs.position_ids[self.steps_taken, rows]
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+    def documents(self, step: int) -> np.ndarray:
+        """Tokens of each document of a step, int64."""
+        if self.packs is not None:
+            return self.packs.lengths[step]
+        return np.full(self.setting.global_batch_size, self.setting.max_length)
+
+    def tokens(self, step: int) -> int:
+        """Of a step, without padding."""
+        return int(self.documents(step).sum())
+
     def step(self) -> float:
         """Train on the next global batch; the loss before the update, in nats a token."""
         import torch
 
-        setting = self.setting
-        # The first token of a row follows nothing.
-        targets = setting.global_batch_size * (setting.max_length - 1)
+        setting, size = self.setting, self.setting.per_device_train_batch_size
+        # The first token of a document follows nothing.
+        targets = self.tokens(self.steps_taken) - len(self.documents(self.steps_taken))
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        for _ in range(setting.global_batch_size // setting.per_device_train_batch_size):
-            ids = self.rows(setting.per_device_train_batch_size)
+        for first in range(0, setting.global_batch_size, size):
+            inputs = self.inputs(slice(first, first + size))
             with self._autocast():
-                loss = self.model(input_ids=ids, labels=ids, num_items_in_batch=targets).loss
+                loss = self.model(**inputs, num_items_in_batch=targets).loss
             loss.backward()
             total += loss.detach().float()
+        self.steps_taken += 1
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), _MAX_NORM)
         self.optimizer.step()
         return float(total)
@@ -167,8 +241,7 @@ def measure(setting: Setting) -> dict[str, Any]:
             seconds.append(took)
     except torch.OutOfMemoryError:
         return _header(setting, platform) | {"oom": True, "error": f"out of memory on the device {phase}"}
-    parameters = sum(weight.numel() for weight in peer.model.parameters())
-    return _header(setting, platform) | _results(setting, platform, seconds, loss, parameters)
+    return _header(setting, platform) | _results(peer, platform, seconds, loss)
 
 
 def check(setting: Setting) -> None:
@@ -229,14 +302,15 @@ def _header(setting: Setting, platform: "Platform") -> dict[str, Any]:
     }
 
 
-def _results(
-    setting: Setting, platform: "Platform", seconds: Sequence[float], loss: float, parameters: int
-) -> dict[str, Any]:
-    median, tokens = statistics.median(seconds), setting.global_batch_size * setting.max_length
-    rate = tokens * spec_of_shape(setting.shape).train_flops_per_token(setting.max_length) / median
+def _results(peer: Peer, platform: "Platform", seconds: Sequence[float], loss: float) -> dict[str, Any]:
+    setting, flops_per_token = peer.setting, spec_of_shape(peer.setting.shape).train_flops_per_token
+    steps = range(setting.warmup_steps, setting.warmup_steps + setting.steps)
+    median, tokens = statistics.median(seconds), statistics.mean(map(peer.tokens, steps))
+    flops = [sum(n * flops_per_token(n) for n in peer.documents(step).tolist()) for step in steps]
+    rate = statistics.mean(flops) / median
     peak = platform.peak_flops()
     return {
-        "parameters": parameters,
+        "parameters": sum(weight.numel() for weight in peer.model.parameters()),
         "global_batch_size": setting.global_batch_size,
         "micro_batch_size": setting.per_device_train_batch_size,
         "accumulation": setting.global_batch_size // setting.per_device_train_batch_size,
@@ -258,7 +332,7 @@ def parse(argv: Sequence[str]) -> Setting:
         if isinstance(item.default, bool):
             parser.add_argument(f"--{item.name}", action="store_true")
         else:
-            choices = list(ARITHMETIC) if item.name == "arithmetic" else None
+            choices = {"arithmetic": list(ARITHMETIC), "lengths": ["even", "packed"]}.get(item.name)
             parser.add_argument(
                 f"--{item.name}", type=type(item.default), default=item.default, choices=choices
             )

@@ -191,7 +191,8 @@ def test_cases_are_chosen_by_name() -> None:
     fp8 = [case.name for case in chosen(cases, ["*-fp8-*"], [])]
     assert fp8 == ["qwen2.5-7b-full-fp8-delayed", "qwen2.5-7b-full-fp8-tensorwise"]
     peers = [case.name for case in chosen(cases, [], ["qwen2.5-1.5b"]) if case.peer]
-    assert peers == ["qwen2.5-1.5b-transformers", "qwen2.5-1.5b-liger", "qwen2.5-1.5b-liger-mixed"]
+    names = ("transformers", "liger", "liger-mixed")
+    assert peers == [f"qwen2.5-1.5b-{kind}{name}" for kind in ("packed-", "") for name in names]
     assert any(case.name == "qwen2.5-7b-liger" for case in chosen(cases, [], ["qwen2.5-7b"]))
 
 
@@ -225,6 +226,41 @@ def test_a_peers_step_is_that_of_the_whole_batch(micro_batch: int) -> None:
     for weight, gradient, old in zip(peer.model.parameters(), gradients, before, strict=True):
         torch.testing.assert_close(weight.grad, gradient / norm, rtol=1e-3, atol=1e-5)
         assert not torch.equal(weight, old)
+
+
+def test_documents_of_a_peers_packs_do_not_see_each_other() -> None:
+    setting = replace(PEER, lengths="packed", max_length=64, global_batch_size=4)
+    peer = gpu_peers.Peer(setting)
+    assert peer.packs is not None
+    inputs = peer.inputs(slice(0, 2))
+    starts = (inputs["position_ids"] == 0).nonzero().tolist()
+    assert len(starts) > 4, "several documents in a row"
+    ends = [
+        end if row == other else 64
+        for (row, _), (other, end) in zip(starts, [*starts[1:], (-1, 0)], strict=True)
+    ]
+    losses = []
+    for (row, start), end in zip(starts, ends, strict=True):
+        ids = inputs["input_ids"][None, row, start:end]
+        if (inputs["labels"][row, start:end] == -100).all():
+            continue  # padding
+        assert (inputs["labels"][row, start + 1 : end] != -100).all()
+        logits = peer.model(input_ids=ids).logits[0, :-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+    found = peer.model(**inputs, num_items_in_batch=100).loss
+    assert found.item() == pytest.approx(sum(losses).item() / 100, rel=1e-5)
+
+
+def test_a_packed_peer_counts_real_tokens() -> None:
+    setting = replace(PEER, lengths="packed", max_length=64, global_batch_size=4, steps=1)
+    peer = gpu_peers.Peer(setting)
+    assert peer.packs is not None
+    for step in range(2):
+        targets = int(peer.packs.is_target[step].sum())
+        assert targets == peer.tokens(step) - len(peer.documents(step))
+        assert peer.tokens(step) <= 4 * 64
+        assert peer.tokens(step) > 0.6 * 4 * 64  # of few packs one is hardly filled
+    assert gpu_peers.measure(setting)["tokens_per_step"] == peer.tokens(1)
 
 
 def test_a_peer_counts_flops_as_braid_does() -> None:
