@@ -221,20 +221,8 @@ def _refuse_unbuilt(config: SftConfig) -> None:
             raise ConfigError(f"report_to {name!r} is not known; choose from {', '.join(REPORTERS)}")
         if name not in ("tensorboard", "none") and find_spec(name) is None:
             raise ConfigError(f"report_to {name}: it is not installed; pip install {name}, or leave it out")
-    _refuse_full_sharding(config)
     if "none" in config.run.report_to and len(config.run.report_to) > 1:
         raise ConfigError("report_to none stands alone, not beside other names")
-
-
-def _refuse_full_sharding(config: SftConfig) -> None:
-    strategy = config.optimizer.data_parallel_sharding_strategy
-    if strategy in ("optim_grads", "optim_grads_params"):
-        name = "ZeRO-2" if strategy == "optim_grads" else "ZeRO-3, FSDP"
-        raise ConfigError(
-            f"data_parallel_sharding_strategy {strategy} ({name}): a run of it could not save a checkpoint "
-            f"in this version; take optim (--deepspeed zero1), which trains the same weights, with "
-            f"tensor_model_parallel_size for what does not fit"
-        )
 
 
 def check_ranges(config: SftConfig) -> None:

@@ -2,14 +2,39 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from engine.runtime.mcore import Groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What a rank has of a parameter: whole rows of it, or none."""
+
+    name: str
+    parameter: Tensor
+    """Of the model. With weights sharded it has memory only while its layer is at work."""
+    main: Tensor
+    """What an optimizer sees: a DTensor of the rows in fp32."""
+    start: int
+    stop: int
+    """The rows as a range of the parameter's elements."""
+    weight: Tensor
+    """The rows in the model's dtype, flat."""
+    gradient: Tensor | None
+    """Those of the gradient, flat; None where nothing is trained."""
+
+    @property
+    def trained(self) -> bool:
+        return self.gradient is not None
 
 
 def shard_fully(chunk: Any, config: Any, groups: Groups) -> Any:
@@ -37,7 +62,7 @@ def shard_fully(chunk: Any, config: Any, groups: Groups) -> Any:
     for part in (chunk.config, *chunk.modules()):
         if hasattr(part, "gradient_accumulation_fusion"):
             part.gradient_accumulation_fusion = False
-    with _numbered_device(device):
+    with _numbered_device(device), _hooks_on_what_is_trained():
         sharded = Sharded(config=chunk.config, ddp_config=config, module=chunk, device=device)
     inner = sharded.module
     # What the engine asks the module of a wrapper, which here is a wrapper too.
@@ -51,7 +76,37 @@ def shard_fully(chunk: Any, config: Any, groups: Groups) -> Any:
         return chunk(*inputs, **named)
 
     inner.forward = forward
+    sharded.rows = {rows.parameter: rows for rows in _rows(inner.param_and_grad_buffer)}
     return sharded
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def gather_weights(sharded: Any) -> None:
+    """Let the next forward pass see rows that were set from elsewhere, as it does after an update."""
+    sharded.module.synchronize_param_gather()
+    sharded.start_param_sync()
+
+
+def _rows(buffers: Any) -> Iterator[Rows]:
+    mains = dict(buffers.optimizer_named_parameters)
+    for group in buffers.parameter_groups:
+        weights, gradients = group.model_weight_buffer, group.main_grad_buffer
+        for item, parameter in enumerate(group.params):
+            start, stop = weights._get_item_slice_in_shard(item)
+            name = buffers.param_to_name[parameter]
+            yield Rows(
+                name=name,
+                parameter=parameter,
+                main=mains[name],
+                start=start,
+                stop=stop,
+                weight=weights.get_item(item, only_shard=True),
+                gradient=gradients.get_item(item, only_shard=True) if gradients is not None else None,
+            )
 
 
 @contextlib.contextmanager
@@ -61,4 +116,16 @@ def _numbered_device(device: torch.device) -> Iterator[None]:
         yield
         return
     with mock.patch.object(torch.cuda, "current_device", return_value=0):
+        yield
+
+
+@contextlib.contextmanager
+def _hooks_on_what_is_trained() -> Iterator[None]:
+    """Megatron 0.16 wants to hear of the gradients of all parameters, and torch knows none of frozen ones."""
+    register = Tensor.register_post_accumulate_grad_hook
+
+    def register_if_trained(parameter: Tensor, hook: Any) -> Any:
+        return register(parameter, hook) if parameter.requires_grad else None
+
+    with mock.patch.object(Tensor, "register_post_accumulate_grad_hook", register_if_trained):
         yield

@@ -25,8 +25,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 
 from engine.errors import OutputError
-from engine.model.lora import adapter_state
 from engine.runtime import mcore
+from engine.runtime.fsdp import gather_weights
 from engine.storage.durable import fsync
 from engine.storage.files import dtype_name, write_json
 from engine.storage.layout import merge_boxes, write_frame
@@ -46,6 +46,9 @@ from engine.training.optimizer_state import (
     StateBox,
     descriptions,
     distributed_parts,
+    load_groups,
+    model_state,
+    row_boxes,
     set_states,
     state_boxes,
     states_of,
@@ -264,6 +267,7 @@ def collect(
         sharded_state(models, optimizer, groups, loading=True)
     state = sharded_state(models, optimizer, groups, loading=False)
     known = descriptions(state)
+    weights = _sharded_weights(models, state, known)
     shards = split_state(state)
     if parts is None:
         return shards
@@ -280,7 +284,34 @@ def collect(
         if box.main
         for name, flat in states_of(part, box.parameter).items()
     ]
-    return dataclasses.replace(shards, tensors=(*shards.tensors, *boxes))
+    return dataclasses.replace(shards, tensors=(*shards.tensors, *weights, *boxes))
+
+
+def _sharded_weights(
+    models: Sequence[DistributedDataParallel], state: dict[str, Any], known: dict[torch.Tensor, Any]
+) -> list[Part]:
+    """This rank's rows of weights under Megatron-FSDP; their descriptions leave `state`, because nobody has
+    all rows.
+    """
+    found = []
+    for index, model in enumerate(models):
+        if not model.ddp_config.use_megatron_fsdp:
+            continue
+        state[f"model{index}"] = {
+            name: item for name, item in state[f"model{index}"].items() if isinstance(item, ShardedObject)
+        }
+        found += [
+            Part(
+                key=box.key,
+                data=model.rows[box.parameter].weight[box.start : box.stop],
+                shape=box.shape,
+                offsets=box.offsets,
+                sizes=box.sizes,
+            )
+            for box in row_boxes(model.rows.values(), known)
+            if box.main
+        ]
+    return found
 
 
 @torch.no_grad()
@@ -300,14 +331,23 @@ def load_checkpoint(
     same_layout = degrees == {name: state.layout.get(name, 1) for name in degrees}
     wanted = sharded_state(models, optimizer, groups, loading=True, with_rng=same_layout)
     known = descriptions(wanted)
+    # Its weights are what comes of its master weights.
+    fully_sharded = [model for model in models if model.ddp_config.use_megatron_fsdp]
+    for index, model in enumerate(models):
+        if model in fully_sharded:
+            del wanted[f"model{index}"]
     loaded = load_state(reader, wanted)
     for index, model in enumerate(models):
+        if model in fully_sharded:
+            continue
         # A checkpoint of LoRA training has adapters only, the base keeps its weights.
         found = model.module.load_state_dict(loaded[f"model{index}"], strict=model.module.lora is None)
         assert not found.unexpected_keys, found.unexpected_keys
-    optimizer.load_state_dict(loaded["optimizer"])
+    load_groups(optimizer, loaded["optimizer"])
     for part in distributed_parts(optimizer) or []:
         _load_states(reader, part, known)
+    for model in fully_sharded:
+        gather_weights(model)
     if same_layout:
         mcore.set_rng_state(loaded["rng"])
 
@@ -346,9 +386,9 @@ def sharded_state(
     with_rng: bool = True,
 ) -> dict[str, Any]:
     chunks = {
-        f"model{i}": model.module.sharded_state_dict()
-        if model.module.lora is None
-        else adapter_state(model.module, layers, groups)
+        f"model{i}": dict(model.described)
+        if model.ddp_config.use_megatron_fsdp
+        else model_state(model.module, layers, groups)
         for i, (model, layers) in enumerate(zip(models, groups.layout.chunks_of(groups.pp_rank), strict=True))
     }
     sharded = dict(chunks)

@@ -266,9 +266,13 @@ class _Tools:
 @contextlib.contextmanager
 def parameters_gathered(models: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """With parameter gathering overlapped, an update reaches the model only in the next forward pass: gather
-    it now.
+    it now. Megatron-FSDP gathers in any forward pass.
     """
-    overlapped = [model for model in models if model.ddp_config.overlap_param_gather]
+    overlapped = [
+        model
+        for model in models
+        if model.ddp_config.overlap_param_gather and not model.ddp_config.use_megatron_fsdp
+    ]
     for model in overlapped:
         model.disable_forward_pre_hook(param_sync=True)
     try:

@@ -16,8 +16,9 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from engine.config.options import OptimizerOptions
 from engine.model.gpt import BraidGPTModel
 from engine.runtime import mcore
-from engine.runtime.fsdp import shard_fully
+from engine.runtime.fsdp import local, shard_fully
 from engine.runtime.offload import offload
+from engine.training.optimizer_state import model_state
 
 
 def wrap_data_parallel(
@@ -38,13 +39,16 @@ def wrap_data_parallel(
         values |= {
             "use_megatron_fsdp": True,
             "data_parallel_sharding_strategy": options.data_parallel_sharding_strategy,
+            # grad_reduce_in_fp32 in the words of Megatron 0.19.
+            "megatron_fsdp_main_grads_dtype": torch.float32,
+            "megatron_fsdp_grad_comm_dtype": torch.float32,
             # Megatron-FSDP turns them on in its own copy; the schedules read this one.
             "overlap_grad_reduce": True,
             "overlap_param_gather": options.data_parallel_sharding_strategy == "optim_grads_params",
         }
     config = DistributedDataParallelConfig(**mcore.known_fields(DistributedDataParallelConfig, values))
     if config.use_megatron_fsdp:
-        return [shard_fully(chunk, config, groups) for chunk in chunks]
+        return [_shard_fully(chunk, config, groups) for chunk in chunks]
     return [
         DistributedDataParallel(
             config=chunk.config,
@@ -55,6 +59,15 @@ def wrap_data_parallel(
         )
         for index, chunk in enumerate(chunks)
     ]
+
+
+def _shard_fully(chunk: BraidGPTModel, config: Any, groups: mcore.Groups) -> Any:
+    """What the chunk is in a checkpoint is asked while its weights are whole."""
+    (layers,) = groups.layout.chunks_of(groups.pp_rank)
+    described = model_state(chunk, layers, groups)
+    sharded = shard_fully(chunk, config, groups)
+    sharded.described = described
+    return sharded
 
 
 def _overlaps_param_gather(options: OptimizerOptions) -> bool:
@@ -101,6 +114,8 @@ def build_optimizer(
         optimizer = ChainedOptimizer([optimizer])
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None:  # a rank without parameters to train
+            for group in part.optimizer.param_groups:  # of which Megatron-FSDP lists those without rows too
+                group["params"] = [param for param in group["params"] if local(param).numel()]
             part.optimizer.moment_dtypes = moments
             if options.optimizer_cpu_offload:
                 offload(part, options.optimizer_offload_fraction)

@@ -353,5 +353,5 @@ def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
     train(blueprint, platform, groups, share_data(data, blueprint), exit_at_once, StopRequest())
     gc.collect()
     for found in gc.get_objects():
-        if type(found).__name__ == "DistributedDataParallel":
+        if type(found).__name__ in ("DistributedDataParallel", "Sharded", "MegatronFSDP"):
             release([found])
