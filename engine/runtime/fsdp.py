@@ -14,6 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from engine.runtime.mcore import Groups
 
+FSDP_BUCKET = 40_000_000
+"""Elements of what is reduced at once, outside of decoder layers whose weights are sharded."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
@@ -39,7 +42,7 @@ class Rows:
 
 def shard_fully(chunk: Any, config: Any, groups: Groups) -> Any:
     """Megatron's wrapper, in the place of DistributedDataParallel. `config` is its DDP configuration, with
-    `use_megatron_fsdp`. For layouts of data and context parallelism only.
+    `use_megatron_fsdp`. For layouts without pipeline and expert parallelism, with data-parallel ranks.
     """
     from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
     from megatron.core.distributed.fsdp.src.megatron_fsdp import FSDPDistributedIndex
@@ -48,15 +51,25 @@ def shard_fully(chunk: Any, config: Any, groups: Groups) -> Any:
 
     class Sharded(FullyShardedDataParallel):
         def _init_dist_index(self, pg_collection: Any) -> Any:
-            """Megatron's own names CUDA whatever the device is, and wants einops for an arange."""
-            self.tp_group = groups.tp
-            mesh = DeviceMesh.from_group(
-                [groups.dp_cp, groups.tp],
-                device_type=device.type,
-                mesh=[[rank] for rank in dist.get_process_group_ranks(groups.dp_cp)],
-                mesh_dim_names=("dp_cp", "tp"),
+            """Megatron's own names CUDA whatever the device is, and wants einops for an arange. What a tensor
+            rank has of a parameter is shared like a whole one; that there are others nobody has to know.
+            """
+            self.tp_group = groups.tp if groups.layout.tp == 1 else groups.pp
+            dense, experts = (
+                DeviceMesh.from_group(
+                    [group, self.tp_group],
+                    device_type=device.type,
+                    mesh=[[rank] for rank in dist.get_process_group_ranks(group)],
+                    mesh_dim_names=("dp_cp", "tp"),
+                )
+                for group in (groups.dp_cp, groups.expert_dp)
             )
-            return FSDPDistributedIndex(device_mesh=mesh, dp_shard_dim="dp_cp", tp_dim="tp")
+            return FSDPDistributedIndex(
+                device_mesh=dense, expt_device_mesh=experts, dp_shard_dim="dp_cp", tp_dim="tp"
+            )
+
+        def _fix_tensor_parallel_attributes(self, module: Any) -> None:
+            """Megatron 0.16 asks here for classes of Transformer Engine."""
 
     # A product cannot be added to a buffer that is sharded, nor written to it in another dtype.
     for part in (chunk.config, *chunk.modules()):
@@ -66,7 +79,7 @@ def shard_fully(chunk: Any, config: Any, groups: Groups) -> Any:
         sharded = Sharded(config=chunk.config, ddp_config=config, module=chunk, device=device)
     inner = sharded.module
     # What the engine asks the module of a wrapper, which here is a wrapper too.
-    inner.spec, inner.lora = chunk.spec, chunk.lora
+    inner.spec, inner.lora, inner.routers = chunk.spec, chunk.lora, chunk.routers
 
     def forward(*inputs: Any, **named: Any) -> Any:
         """Megatron 0.16 calls the model's `forward`, past the hook that ends a backward pass: buckets then

@@ -45,11 +45,11 @@ from engine.storage.writer import BackgroundWriter, read_answer
 from engine.training.optimizer_state import (
     StateBox,
     descriptions,
-    distributed_parts,
-    load_groups,
     model_state,
     row_boxes,
+    set_settings,
     set_states,
+    settings_of,
     state_boxes,
     states_of,
 )
@@ -261,16 +261,13 @@ def collect(
     models: Sequence[DistributedDataParallel], optimizer: Any, groups: mcore.Groups, *, started: bool
 ) -> Shards:
     """This rank's part of a checkpoint. `started` is whether there has been a step."""
-    parts = distributed_parts(optimizer)
     if not started:
-        # Before the first step the optimizer has no moments; asking it for what it would load makes them.
+        # Before the first step the optimizer has no moments; to ask for what would be loaded makes them.
         sharded_state(models, optimizer, groups, loading=True)
     state = sharded_state(models, optimizer, groups, loading=False)
     known = descriptions(state)
     weights = _sharded_weights(models, state, known)
     shards = split_state(state)
-    if parts is None:
-        return shards
     boxes = [
         Part(
             key=box.state_key(name),
@@ -279,7 +276,8 @@ def collect(
             offsets=box.offsets,
             sizes=box.sizes,
         )
-        for part in parts
+        for part in optimizer.chained_optimizers
+        if part.optimizer is not None  # a rank without parameters to train
         for box in state_boxes(part, known)
         if box.main
         for name, flat in states_of(part, box.parameter).items()
@@ -343,9 +341,10 @@ def load_checkpoint(
         # A checkpoint of LoRA training has adapters only, the base keeps its weights.
         found = model.module.load_state_dict(loaded[f"model{index}"], strict=model.module.lora is None)
         assert not found.unexpected_keys, found.unexpected_keys
-    load_groups(optimizer, loaded["optimizer"])
-    for part in distributed_parts(optimizer) or []:
-        _load_states(reader, part, known)
+    set_settings(optimizer, loaded["optimizer"])
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:
+            _load_states(reader, part, known)
     for model in fully_sharded:
         gather_weights(model)
     if same_layout:
@@ -353,7 +352,7 @@ def load_checkpoint(
 
 
 def _load_states(reader: TorchDistReader, part: Any, known: dict[torch.Tensor, Any]) -> None:
-    """Fill a distributed optimizer's master weights and moments."""
+    """Fill an optimizer's master weights and moments."""
     boxes: dict[torch.Tensor, list[StateBox]] = {}
     for box in state_boxes(part, known):
         boxes.setdefault(box.parameter, []).append(box)
@@ -392,13 +391,10 @@ def sharded_state(
         for i, (model, layers) in enumerate(zip(models, groups.layout.chunks_of(groups.pp_rank), strict=True))
     }
     sharded = dict(chunks)
-    if (parts := distributed_parts(optimizer)) is None:
-        sharded["optimizer"] = optimizer.sharded_state_dict(chunks, is_loading=loading)
-    else:
-        for part in parts if loading else []:
-            if part.optimizer is not None:  # a rank without parameters to train
-                part.optimizer.make_states()
-        sharded["optimizer"] = optimizer.state_dict()
+    for part in optimizer.chained_optimizers if loading else []:
+        if part.optimizer is not None:
+            part.optimizer.make_states()
+    sharded["optimizer"] = settings_of(optimizer)
     if with_rng:
         layout = groups.layout
         sharded["rng"] = ShardedObject(

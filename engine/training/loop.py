@@ -113,6 +113,9 @@ class Trainer:
             tools.watchdog.beat("writing the last checkpoint")
             tools.saver.wait()
             tools.saver.wait_for_exports()
+        for model in self.models:
+            if model.ddp_config.use_megatron_fsdp:  # gathers ahead for a step that will not come
+                model.stop_communication()
         return last
 
     def _run(self, state: TrainerState, resume: Path | None, tools: "_Tools") -> Path:

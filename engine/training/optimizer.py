@@ -16,7 +16,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from engine.config.options import OptimizerOptions
 from engine.model.gpt import BraidGPTModel
 from engine.runtime import mcore
-from engine.runtime.fsdp import local, shard_fully
+from engine.runtime.fsdp import FSDP_BUCKET, local, shard_fully
 from engine.runtime.offload import offload
 from engine.training.optimizer_state import model_state
 
@@ -25,7 +25,7 @@ def wrap_data_parallel(
     chunks: Sequence[BraidGPTModel], options: OptimizerOptions, groups: mcore.Groups
 ) -> list[DistributedDataParallel]:
     """Gradient buffers in fp32, reduced over the data-parallel ranks while the backward pass runs; or
-    Megatron-FSDP, where gradients, or weights too, are to be sharded.
+    Megatron-FSDP, where gradients, or weights too, are to be sharded over several of them.
     """
     overlap = groups.layout.dp * groups.layout.cp > 1
     values: dict[str, Any] = {
@@ -35,10 +35,13 @@ def wrap_data_parallel(
         "overlap_param_gather": overlap and _overlaps_param_gather(options),
         "check_for_nan_in_grad": False,
     }
-    if options.data_parallel_sharding_strategy in ("optim_grads", "optim_grads_params"):
+    # Of a single rank Megatron-FSDP would add up gradients twice.
+    if overlap and options.fully_sharded:
         values |= {
             "use_megatron_fsdp": True,
             "data_parallel_sharding_strategy": options.data_parallel_sharding_strategy,
+            # All gradients would be one bucket, and whole on every rank until the last of them is there.
+            "bucket_size": FSDP_BUCKET,
             # grad_reduce_in_fp32 in the words of Megatron 0.19.
             "megatron_fsdp_main_grads_dtype": torch.float32,
             "megatron_fsdp_grad_comm_dtype": torch.float32,

@@ -263,6 +263,8 @@ def release(models: Sequence[Any]) -> None:
     model, and with it the threads of its gloo groups, alive in the reused workers.
     """
     for model in models:
+        if hasattr(model, "stop_communication"):  # of Megatron-FSDP, which gathers ahead for a next step
+            model.stop_communication()
         vars(model).clear()
 
 
@@ -353,5 +355,5 @@ def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
     train(blueprint, platform, groups, share_data(data, blueprint), exit_at_once, StopRequest())
     gc.collect()
     for found in gc.get_objects():
-        if type(found).__name__ in ("DistributedDataParallel", "Sharded", "MegatronFSDP"):
+        if type(found).__name__ in ("DistributedDataParallel", "Sharded"):
             release([found])
