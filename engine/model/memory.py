@@ -74,6 +74,8 @@ class RankMemory:
     """What data-parallel ranks share, and a rank has whole for a while: weights of layers at work and of what
     is no layer, and gradients that are not reduced yet.
     """
+    unshared: float = 0.0
+    """The weights at the start, all of them on every rank, that ranks then share."""
 
     @property
     def lasting(self) -> float:
@@ -83,7 +85,8 @@ class RankMemory:
     @property
     def total(self) -> float:
         """At the peak: the head is done when the last layer's backward pass begins."""
-        return self.lasting + self.activations + max(self.layer, self.head) + self.gathered
+        at_work = self.activations + max(self.layer, self.head) + self.gathered
+        return self.lasting + max(at_work, self.unshared)
 
 
 def estimate(work: Workload) -> list[RankMemory]:
@@ -107,6 +110,7 @@ def _stage(work: Workload, pp_rank: int) -> RankMemory:
         layer=max(_at_work(work, chunk, layers) for chunk in chunks),
         head=_head(work) if last else 0.0,
         gathered=held.gathered,
+        unshared=held.unshared,
     )
 
 
@@ -174,6 +178,7 @@ class _Held:
     gradients: float
     optimizer: float
     gathered: float
+    unshared: float
 
 
 def _held(work: Workload, pp_rank: int, chunks: Sequence[range]) -> _Held:
@@ -204,6 +209,7 @@ def _held(work: Workload, pp_rank: int, chunks: Sequence[range]) -> _Held:
         gradients=4 * (trained.share(layout) if sharded else trained.total),
         optimizer=here * (master + moments) * states,
         gathered=_gathered(work, [part.total for part in layers], ends.total) if sharded else 0.0,
+        unshared=size * model.total if divided else 0.0,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _CoalescingManager
 from torch.distributed.tensor import DTensor
 
 from engine.runtime.mcore import Groups
@@ -45,9 +46,11 @@ def shard_fully(chunk: Any, config: Any, groups: Groups) -> Any:
     `use_megatron_fsdp`. For layouts without pipeline and expert parallelism, with data-parallel ranks.
     """
     from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
-    from megatron.core.distributed.fsdp.src.megatron_fsdp import FSDPDistributedIndex
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import FSDPDistributedIndex, param_and_grad_buffer
 
     device = next(chunk.parameters()).device
+    if device.type == "cpu":
+        param_and_grad_buffer._coalescing_manager = _one_by_one
 
     class Sharded(FullyShardedDataParallel):
         def _init_dist_index(self, pg_collection: Any) -> Any:
@@ -120,6 +123,22 @@ def _rows(buffers: Any) -> Iterator[Rows]:
                 weight=weights.get_item(item, only_shard=True),
                 gradient=gradients.get_item(item, only_shard=True) if gradients is not None else None,
             )
+
+
+@contextlib.contextmanager
+def _one_by_one(*unused: Any, **named: Any) -> Iterator[Any]:
+    """In the place of torch's manager, which puts several collectives together: gloo then takes all tensors
+    to be of the first one's dtype, and writes past the end of those that have smaller numbers.
+    """
+    together, gather = _CoalescingManager(), dist.all_gather_into_tensor
+
+    def gather_and_note(*arguments: Any, **options: Any) -> Any:
+        work = gather(*arguments, **options)
+        together.append(work)
+        return work
+
+    with mock.patch.object(dist, "all_gather_into_tensor", gather_and_note):
+        yield together
 
 
 @contextlib.contextmanager
