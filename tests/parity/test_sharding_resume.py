@@ -8,6 +8,7 @@ import torch
 from engine.storage.reader import TorchDistReader
 from launch.tiny import build_tiny_qwen3
 from tests.parity.test_resume import LORA, TP2_DP2, TP2_PP2, Runs, assert_continued, losses
+from tests.support.models import save_tiny_model_with_words
 from tests.support.workers import WorkerPool
 
 STRATEGIES = ["optim_grads", "optim_grads_params"]
@@ -47,23 +48,30 @@ def assert_bitwise(straight: Path, resumed: Path) -> None:
         assert torch.equal(tensor, found[key]), key
 
 
+HALF = ["--torch_dtype", "bfloat16"]
+MOMENTS = ["--exp_avg_dtype", "bfloat16", "--exp_avg_sq_dtype", "bfloat16", "--adam_beta2", "0.95"]
+ON_THE_HOST = ["--gradient_checkpointing", "true", "--optimizer_cpu_offload", "true"]
+
+
 @pytest.mark.parametrize(
-    "further",
+    ("strategy", "further", "world_size"),
     [
-        [],
-        [*LORA, "--lora_dropout", "0.2"],
-        ["--gradient_checkpointing", "true", "--optimizer_cpu_offload", "true"],
-        ["--exp_avg_dtype", "bfloat16", "--exp_avg_sq_dtype", "bfloat16", "--adam_beta2", "0.95"],
+        *((strategy, [], 2) for strategy in STRATEGIES),
+        *((strategy, [*LORA, *TP2_DP2, "--lora_dropout", "0.2"], 4) for strategy in STRATEGIES),
+        *((strategy, [*HALF, *ON_THE_HOST], 2) for strategy in STRATEGIES),
+        ("optim_grads", [*HALF, *LORA], 2),
+        ("optim_grads_params", MOMENTS, 2),
+        ("no_shard", HALF, 2),
     ],
-    ids=["full", "lora", "offloaded", "bf16-moments"],
 )
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_resumed_run_is_bitwise_the_uninterrupted_one(runs: Runs, strategy: str, further: list[str]) -> None:
+def test_resumed_run_is_bitwise_the_uninterrupted_one(
+    runs: Runs, strategy: str, further: list[str], world_size: int
+) -> None:
     """With an evaluation before and after the checkpoint."""
     flags = [*sharding(strategy), *further, "--split_dataset_ratio", "0.1", "--eval_steps", "2"]
-    name = f"{strategy}-{'-'.join(further[:2])}"
-    straight = runs.start(name, [*flags, "--save_steps", "3"], world_size=2)
-    resumed = runs.start(f"{name}-resumed", flags, world_size=2, resume=straight / "checkpoint-3")
+    name = f"{strategy}{''.join(further)}"
+    straight = runs.start(name, [*flags, "--save_steps", "3"], world_size=world_size)
+    resumed = runs.start(f"{name}-resumed", flags, world_size=world_size, resume=straight / "checkpoint-3")
     assert_bitwise(straight, resumed)
 
 
@@ -76,8 +84,8 @@ def test_another_layout_continues_the_run(runs: Runs, strategy: str, lora: bool)
     sharded = runs.start(f"{name}-sharded", [*flags, *sharding(strategy), "--save_steps", "3"])
     other = runs.start(f"{name}-other", [*flags, *TP2_DP2, "--save_steps", "3"])
     first, second = (tensors(run / "checkpoint-6") for run in (sharded, other))
-    assert {key: tensor.shape for key, tensor in first.items()} == {
-        key: tensor.shape for key, tensor in second.items()
+    assert {key: (tensor.shape, tensor.dtype) for key, tensor in first.items()} == {
+        key: (tensor.shape, tensor.dtype) for key, tensor in second.items()
     }
     for target, words in (("stages", TP2_PP2), ("replicas", ["--context_parallel_size", "2"])):
         resumed = runs.start(f"{name}-{target}", [*flags, *words], resume=sharded / "checkpoint-3")
@@ -86,3 +94,29 @@ def test_another_layout_continues_the_run(runs: Runs, strategy: str, lora: bool)
         f"{name}-back", [*flags, *sharding(strategy)], world_size=2, resume=other / "checkpoint-3"
     )
     assert_continued(other, back)
+
+
+def test_a_run_goes_from_strategy_to_strategy(runs: Runs) -> None:
+    straight = runs.start("all", [*sharding("no_shard"), "--save_steps", "3"], world_size=2)
+    for strategy in ("optim", *STRATEGIES):
+        resumed = runs.start(
+            f"to-{strategy}", sharding(strategy), world_size=2, resume=straight / "checkpoint-3"
+        )
+        assert_continued(straight, resumed)
+    sharded = runs.start("from", [*sharding("optim_grads_params"), "--save_steps", "3"], world_size=2)
+    plain = runs.start("back", sharding("no_shard"), world_size=2, resume=sharded / "checkpoint-3")
+    assert_continued(sharded, plain)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_experts_go_from_ranks_that_share_rows_to_ranks_that_have_some(
+    workers: WorkerPool, tmp_path: Path, strategy: str
+) -> None:
+    """Expert parallelism has an optimizer of its own for experts; and back."""
+    runs = Runs(workers, save_tiny_model_with_words("qwen2_moe", tmp_path / "model"), tmp_path)
+    flags, apart = [*sharding(strategy), "--save_steps", "3"], ["--expert_model_parallel_size", "2"]
+    sharded = runs.start("sharded", flags, world_size=2)
+    other = runs.start("apart", [*apart, "--save_steps", "3"], world_size=2, resume=sharded / "checkpoint-3")
+    assert_continued(sharded, other)
+    back = runs.start("back", [*flags, *TP2_DP2], resume=other / "checkpoint-3")
+    assert_continued(sharded, back)
