@@ -12,7 +12,7 @@ from engine.config.batch import BatchShape, resolve_batch_shape
 from engine.config.options import BatchOptions, LoraOptions, MoeOptions, SftConfig
 from engine.config.parallel import ParallelLayout
 from engine.config.parse import flatten
-from engine.config.recompute import check_recompute
+from engine.config.recompute import MLP_ACTIVATION, check_recompute
 from engine.errors import CheckpointError, ConfigError, OutputError
 from engine.model.lora_spec import LoraSpec, lora_from_options, read_lora_config
 from engine.model.spec import ModelSpec, load_model_spec
@@ -172,6 +172,11 @@ def draw_lora(config: SftConfig, spec: ModelSpec, layout: ParallelLayout) -> Lor
     if options.adapter is not None:
         lora = _lora_of(options.adapter, lora, changed)
     lora.check(spec)
+    if lora.lora_dropout and MLP_ACTIVATION in config.recompute.recompute_modules:
+        raise ConfigError(
+            f"recompute_modules '{MLP_ACTIVATION}' does nothing with lora_dropout {lora.lora_dropout:g}: "
+            f"every adapter keeps an input of its own; leave it out, or set lora_dropout to 0"
+        )
     targets = [place for place, _ in lora.targets(spec)]
     if layout.etp > 1 and any(place.experts for place in targets):
         raise ConfigError(
@@ -265,7 +270,8 @@ def check_ranges(config: SftConfig) -> None:
     options = config.model
     on_gpu_with_te = options.transformer_impl != "torch" and options.device != "cpu"
     may_have_te = on_gpu_with_te and find_spec("transformer_engine") is not None
-    check_recompute(config.recompute, has_te=may_have_te, fp8_recipe=options.fp8_recipe)
+    lora = options.train_type == "lora"
+    check_recompute(config.recompute, has_te=may_have_te, fp8_recipe=options.fp8_recipe, lora=lora)
     if not 0 <= values["warmup_ratio"] <= 1:
         raise ConfigError(f"warmup_ratio must be in [0, 1], not {values['warmup_ratio']}")
     if not 0 <= values["seed"] < 2**32:

@@ -39,6 +39,14 @@ MODULES = ", ".join(RECOMPUTE_MODULES)
             "--recompute_granularity selective --recompute_num_layers 2",
             "recompute_method and recompute_num_layers need recompute_granularity full",
         ),
+        (
+            "--fp8_recipe delayed --recompute_granularity selective --recompute_modules mlp_act",
+            "recompute_modules 'mlp_act' does nothing with fp8_recipe delayed in full training",
+        ),
+        (
+            "--train_type lora --recompute_granularity selective --recompute_modules mlp_act",
+            "recompute_modules 'mlp_act' does nothing with lora_dropout 0.05",
+        ),
         ("--fp8_recipe fp4", "fp8_recipe must be one of delayed, tensorwise, blockwise"),
     ],
 )
@@ -79,5 +87,18 @@ def test_norms_are_computed_again_only_where_megatron_can(tiny_model: Path) -> N
     with pytest.raises(ConfigError, match="'layernorm' needs Transformer Engine"):
         transformer_config(spec, layout, platform(use_te=False), options)
     delayed = platform(use_te=True, fp8_recipe="delayed")
+    options = RecomputeOptions(recompute_granularity="selective", recompute_modules=["layernorm"])
     with pytest.raises(ConfigError, match="'layernorm' does not go with fp8_recipe delayed"):
         transformer_config(spec, layout, delayed, options)
+
+
+def test_an_activation_is_computed_again_only_where_nobody_keeps_it(tiny_model: Path) -> None:
+    """A linear that is trained in fp8 has a copy of its own; adapters have the activation itself."""
+    spec = load_model_spec(tiny_model)
+    layout = ParallelLayout.resolve(ParallelOptions(), num_layers=spec.num_layers, world_size=1)
+    options = RecomputeOptions(recompute_granularity="selective", recompute_modules=["mlp_act"])
+    fp8 = platform(use_te=True, fp8_recipe="tensorwise")
+    with pytest.raises(ConfigError, match="'mlp_act' does nothing with fp8_recipe tensorwise in full"):
+        transformer_config(spec, layout, fp8, options)
+    assert transformer_config(spec, layout, fp8, options, lora=True).fp8 == "hybrid"
+    assert transformer_config(spec, layout, platform(use_te=True), options).fp8 is None
