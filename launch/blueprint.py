@@ -9,6 +9,7 @@ from pathlib import Path
 
 from engine.config.adoption import Adoption
 from engine.config.batch import BatchShape, resolve_batch_shape
+from engine.config.device import check_layers
 from engine.config.options import BatchOptions, LoraOptions, MoeOptions, SftConfig
 from engine.config.parallel import ParallelLayout
 from engine.config.parse import flatten
@@ -17,6 +18,7 @@ from engine.errors import CheckpointError, ConfigError, OutputError
 from engine.model.lora_spec import LoraSpec, lora_from_options, read_lora_config
 from engine.model.spec import ModelSpec, load_model_spec
 from launch.disk import check_room, nearest
+from launch.gpu import may_have_te
 from launch.processes import World, command_began, restart_count
 
 REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "none")
@@ -268,10 +270,14 @@ def check_ranges(config: SftConfig) -> None:
             raise ConfigError(f"{name} must be in [0, 1), not {values[name]}")
     _check_stored_moments(config)
     options = config.model
-    on_gpu_with_te = options.transformer_impl != "torch" and options.device != "cpu"
-    may_have_te = on_gpu_with_te and find_spec("transformer_engine") is not None
-    lora = options.train_type == "lora"
-    check_recompute(config.recompute, has_te=may_have_te, fp8_recipe=options.fp8_recipe, lora=lora)
+    has_te, lora = may_have_te(options, dry_run=config.run.dry_run), options.train_type == "lora"
+    check_layers(
+        transformer_impl=options.transformer_impl,
+        fp8_recipe=options.fp8_recipe,
+        on_cuda=options.device != "cpu",
+        te_installed=has_te,
+    )
+    check_recompute(config.recompute, has_te=has_te, fp8_recipe=options.fp8_recipe, lora=lora)
     if not 0 <= values["warmup_ratio"] <= 1:
         raise ConfigError(f"warmup_ratio must be in [0, 1], not {values['warmup_ratio']}")
     if not 0 <= values["seed"] < 2**32:

@@ -23,7 +23,8 @@ from engine.training.curve import new_figure
 from launch.bench.output import Table, write_files, write_json
 from launch.bench.paper import check_outputs, draw_bench, read_spec
 from launch.bench.ranks import command_line
-from launch.memory import check_card, visible_card
+from launch.gpu import visible_card
+from launch.memory import check_card
 from launch.processes import ENVIRONMENT, World
 from launch.record import git_revision, versions
 

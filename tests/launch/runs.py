@@ -85,6 +85,18 @@ def forget_launch_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+def have_cards(monkeypatch: pytest.MonkeyPatch, root: Path, *lines: str, code: int = 0) -> None:
+    """Let the driver's tool answer with `lines`."""
+    folder = root / "bin"
+    folder.mkdir()
+    tool = folder / "nvidia-smi"
+    answer = "\n".join(lines)
+    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """A JSONL file."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
