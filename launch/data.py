@@ -1,7 +1,6 @@
 """`braid data`: flags, what is worth a look, and the object that `--json` prints."""
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,11 +81,10 @@ def data(argv: Sequence[str]) -> int:
             from launch.data_report import show
 
             show(found, config.data, remarks)
-    except (BrokenPipeError, SystemExit):  # `| head` has had enough, of which rich makes an exit
-        # What is still buffered must not fail later.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if options.output_dir is not None:
-        _write(found, config, remarks, record, Path(options.output_dir), shlex.join(["braid", "data", *argv]))
+    finally:  # whether or not `| head` has had enough
+        if options.output_dir is not None:
+            command = shlex.join(["braid", "data", *argv])
+            _write(found, config, remarks, record, Path(options.output_dir), command)
     return 0
 
 

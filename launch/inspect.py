@@ -1,8 +1,6 @@
 """`braid inspect`: flags, and the report that it prints."""
 
 import json
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -71,13 +69,10 @@ def inspect(argv: Sequence[str]) -> int:
     from converters.inspect import inspect_checkpoint
 
     found = inspect_checkpoint(options.checkpoint)
-    try:
-        if options.json:
-            print(json.dumps(found.as_dict(), indent=1), flush=True)
-        else:
-            _print(found, options)
-    except BrokenPipeError:  # `| head` has had enough; what is still buffered must not fail at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if options.json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        _print(found, options)
     return 0 if found.good else 1
 
 

@@ -21,6 +21,7 @@ import psutil
 
 from engine.config.options import LaunchOptions
 from engine.errors import ConfigError, StoppedError, UserError
+from launch.pipe import CLOSED, let_go, reader_has_gone
 
 # Environment variables that mean the same as the flags; flags win.
 ENVIRONMENT: Mapping[str, str] = {
@@ -153,9 +154,13 @@ def run_worker(world: World, work: Callable[[], None], place: Callable[[], str])
     except UserError as error:
         _report(world, str(error), error.exit_code, place())
         return error.exit_code
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if reader_has_gone(error):
+            let_go()
+            _report(world, "nobody reads what it prints", CLOSED, "")
+            return CLOSED
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         _report(world, traceback.format_exc(), 1, place())
         return 1
 
@@ -174,7 +179,7 @@ def _after_restart(world: World) -> int | None:
     if Path(folder, _STOPPING).exists():
         return 1
     first = _first_record(Path(folder), count - 1)
-    if first is not None and first["code"] == ConfigError.exit_code:
+    if first is not None and first["code"] in (ConfigError.exit_code, CLOSED):
         _report(world, first["message"], first["code"], "")
         return int(first["code"])
     if world.rank == 0:
@@ -191,7 +196,7 @@ def _report(world: World, message: str, code: int, place: str) -> None:
         partial = Path(folder, f"{world.rank}.partial")
         partial.write_text(json.dumps(record), encoding="utf-8")
         partial.rename(Path(folder, f"{restart_count()}-{world.rank}.json"))
-    elif place or world.rank == 0:
+    elif code != CLOSED and (place or world.rank == 0):
         # Started by somebody else's torchrun: what goes wrong before the grid exists goes wrong on every rank
         # alike.
         print(_format(world.command, message, code, where), file=sys.stderr, flush=True)
@@ -342,8 +347,9 @@ def _first_error(command: str, folder: Path, exit_code: int) -> int:
         message = f"braid {command}: failed: a rank ended with {how} and left no message"
         print(message, file=sys.stderr, flush=True)
         return 1
-    line = _format(command, first["message"], first["code"], first["where"])
-    print(line, file=sys.stderr, flush=True)
+    if first["code"] != CLOSED:
+        line = _format(command, first["message"], first["code"], first["where"])
+        print(line, file=sys.stderr, flush=True)
     return int(first["code"])
 
 
