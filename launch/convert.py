@@ -5,16 +5,25 @@ import os
 import re
 import shlex
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from engine.config.options import LaunchOptions, ParallelOptions
 from engine.config.parallel import ParallelLayout
 from engine.config.parse import help_text, parse
 from engine.errors import ConfigError
-from launch.processes import World, find_world
+from launch.processes import (
+    World,
+    find_world,
+    launch_environment,
+    run_worker,
+    start_processes,
+    started_by_braid,
+)
 
 if TYPE_CHECKING:
     from converters.conversion import Conversion
@@ -72,6 +81,8 @@ class LayoutOptions:
 class ConvertOptions:
     """Flags of `braid convert`."""
 
+    left_out: ClassVar[tuple[str, ...]] = ("max_restarts",)
+
     to: Literal["mcore", "hf"] | None = None
     """Direction: a Megatron checkpoint, or a Hugging Face directory."""
 
@@ -91,11 +102,14 @@ class ConvertOptions:
 
     output: OutputOptions = field(default_factory=OutputOptions)
     layout: LayoutOptions = field(default_factory=LayoutOptions)
+    launch: LaunchOptions = field(default_factory=LaunchOptions)
 
 
 @dataclass(kw_only=True)
 class MergeOptions:
     """Flags of `braid merge`."""
+
+    left_out: ClassVar[tuple[str, ...]] = ("max_restarts",)
 
     model: str | None = None
     """Hugging Face directory of the base; it is not changed."""
@@ -104,6 +118,7 @@ class MergeOptions:
     """PEFT LoRA adapter of that base."""
 
     output: OutputOptions = field(default_factory=OutputOptions)
+    launch: LaunchOptions = field(default_factory=LaunchOptions)
 
 
 def convert(argv: Sequence[str]) -> int:
@@ -111,7 +126,7 @@ def convert(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print("usage: braid convert --to mcore|hf [--flag value ...]\n" + help_text(ConvertOptions))
         return 0
-    options, given = parse(ConvertOptions, argv)
+    options, given = parse(ConvertOptions, argv, launch_environment())
     if options.to is None:
         raise ConfigError("no direction given; pass --to mcore or --to hf")
     source, other = ("model", "checkpoint") if options.to == "mcore" else ("checkpoint", "model")
@@ -129,7 +144,7 @@ def convert(argv: Sequence[str]) -> int:
         raise ConfigError("--adapter does not go with --to hf; a checkpoint knows what it holds")
     elif options.dequantise:
         raise ConfigError("--dequantise does not go with --to hf; a Megatron checkpoint is never fp8")
-    return _run(lambda: _plan(options, given), options.output, ["convert", *argv])
+    return _run(lambda: _plan(options, given), options.output, options.launch, ["convert", *argv])
 
 
 def _plan(options: ConvertOptions, given: set[str]) -> "Conversion":
@@ -161,7 +176,7 @@ def merge(argv: Sequence[str]) -> int:
             + help_text(MergeOptions)
         )
         return 0
-    options, _ = parse(MergeOptions, argv)
+    options, _ = parse(MergeOptions, argv, launch_environment())
     if options.model is None or options.adapter is None:
         raise ConfigError("merge adds --adapter DIR to --model DIR; pass both")
     model, adapter, output = options.model, options.adapter, options.output
@@ -171,35 +186,54 @@ def merge(argv: Sequence[str]) -> int:
 
         return plan_merge(model, adapter, dtype=_dtype(output), max_shard_size=_shard_size(output))
 
-    return _run(plan, output, ["merge", *argv])
+    return _run(plan, output, options.launch, ["merge", *argv])
 
 
-def _run(plan: Callable[[], "Conversion"], output: OutputOptions, words: Sequence[str]) -> int:
-    """Plan, and write or print the plan. Every process of a torchrun or Slurm job takes its share."""
+def _run(
+    plan: Callable[[], "Conversion"], output: OutputOptions, launch: LaunchOptions, words: Sequence[str]
+) -> int:
+    """Plan, and write or print the plan. Every process of the job takes its share."""
+    began = time.monotonic()
     if output.output_dir is None:
         raise ConfigError("no output directory given; pass --output_dir DIR")
-    world = find_world(LaunchOptions())
+    world = find_world(launch, words[0])
     options = _transfer_options(output, world)
-    conversion = plan()
     if output.dry_run:
         if world.rank == 0:
-            _print_plan(conversion, options, output.output_dir)
+            _print_plan(plan(), options, output.output_dir)
         return 0
+    if world.size > 1 and not world.started:
+        plan()  # what is wrong with the source is said before any process starts
+        return start_processes(launch, world, words, began=began)
+    work = partial(_write, plan, output.output_dir, options, world, words)
+    if world.started and started_by_braid():  # which says what the first rank that failed said
+        return run_worker(world, work, lambda: "")
+    work()
+    return 0
+
+
+def _write(
+    plan: Callable[[], "Conversion"],
+    output_dir: str,
+    options: "TransferOptions",
+    world: World,
+    words: Sequence[str],
+) -> None:
     from dataclasses import replace
 
     from converters.conversion import carry_out
 
+    conversion = plan()
     share = sum(file.nbytes for file in conversion.files)
     with _progress(share if world.size == 1 else 0) as progress:
         report = carry_out(
             conversion,
-            output.output_dir,
+            output_dir,
             options=replace(options, progress=progress),
             command=shlex.join(["braid", *words]),
         )
     if world.rank == 0:
         print(report.line())
-    return 0
 
 
 def worker_count(asked: int | None) -> int:

@@ -129,13 +129,18 @@ def restart_count() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def started_by_braid() -> bool:
+    """Whether this is a rank that our own launcher has started, which says what ranks report to it."""
+    return _ERROR_DIR in os.environ
+
+
 def stop_signals() -> tuple[signal.Signals, ...]:
     """The signals that ask a rank to save and end.
 
     Our own launcher passes a request on as SIGUSR1; its agent ends ranks by SIGTERM when one of them has
     failed, and then there is nothing to wait for.
     """
-    return (signal.SIGUSR1,) if _ERROR_DIR in os.environ else (signal.SIGTERM, signal.SIGUSR1)
+    return (signal.SIGUSR1,) if started_by_braid() else (signal.SIGTERM, signal.SIGUSR1)
 
 
 def run_worker(world: World, work: Callable[[], None], place: Callable[[], str]) -> int:
@@ -150,7 +155,7 @@ def run_worker(world: World, work: Callable[[], None], place: Callable[[], str])
     except StoppedError as error:
         _report(world, str(error), error.exit_code, "")
         # The launcher's agent takes any other code for a failure, and would start the ranks again.
-        return 0 if _ERROR_DIR in os.environ else error.exit_code
+        return 0 if started_by_braid() else error.exit_code
     except UserError as error:
         _report(world, str(error), error.exit_code, place())
         return error.exit_code
@@ -265,8 +270,8 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str], *
             except ChildFailedError as error:
                 if received:  # before the ranks knew how to save
                     return _ended_by(world.command, received[0])
-                _, failure = error.get_first_failure()
-                return _first_error(world.command, Path(folder), failure.exitcode)
+                rank, failure = error.get_first_failure()
+                return _first_error(world.command, Path(folder), rank, failure.exitcode)
             except SignalException as error:
                 # The agent has ended the ranks that it knew of; a signal amid their start leaves it without
                 # the last.
@@ -339,12 +344,16 @@ def _environment(name: str, value: str) -> Iterator[None]:
         del os.environ[name]
 
 
-def _first_error(command: str, folder: Path, exit_code: int) -> int:
-    """Print the message of the rank that failed first. A killed rank leaves none: say how it died."""
+def _first_error(command: str, folder: Path, rank: int, exit_code: int) -> int:
+    """Print the message of the rank that failed first. A killed rank, which `rank` then is, leaves none: say
+    how it died.
+    """
     first = _first_record(folder, None)
     if first is None:
-        how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
-        message = f"braid {command}: failed: a rank ended with {how} and left no message"
+        how = f"exit code {exit_code}"
+        if exit_code < 0:
+            how = f"signal {-exit_code} ({signal.strsignal(-exit_code)})"
+        message = f"braid {command}: failed: rank {rank} ended with {how} and left no message"
         print(message, file=sys.stderr, flush=True)
         return 1
     if first["code"] != CLOSED:

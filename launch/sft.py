@@ -21,6 +21,7 @@ from launch.blueprint import Blueprint, check_files, draw
 from launch.disk import full_disk_named
 from launch.memory import describe_memory
 from launch.processes import (
+    ENVIRONMENT,
     World,
     attempt_began,
     find_world,
@@ -328,7 +329,8 @@ def export_beside(output_dir: Path, lora: bool, checkpoint: Path) -> None:
     target = output_dir / f"{'adapter' if lora else 'hf'}-{step}"
     shutil.rmtree(target, ignore_errors=True)
     words = ["convert", "--to", "hf", "--checkpoint", str(checkpoint), "--output_dir", str(target)]
-    environment = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE", "SLURM_PROCID")}
+    of_ranks = ("RANK", "WORLD_SIZE", "SLURM_PROCID", *ENVIRONMENT)
+    environment = {name: value for name, value in os.environ.items() if name not in of_ranks}
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", *words, "--workers", "1"],
         env=environment,
