@@ -19,6 +19,7 @@ from engine.model.lora_spec import LoraSpec, lora_from_options, read_lora_config
 from engine.model.spec import ModelSpec, load_model_spec
 from launch.disk import check_room, nearest
 from launch.gpu import may_have_te
+from launch.models import locate
 from launch.processes import World, command_began, restart_count
 
 REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "none")
@@ -80,7 +81,6 @@ def draw(
     """Check all settings against each other and the model; `damaged` are checkpoints not to resume from,
     `adopted` is what `adopt` took over. Raises UserError; imports neither torch nor Megatron.
     """
-    from engine.data.hub import find_model
     from engine.data.prepare import check_options
     from engine.training.resume import TrainerState, resolve_resume
 
@@ -97,7 +97,7 @@ def draw(
     check_options(config.data)
     if config.data.streaming and config.batch.max_steps is None:
         raise ConfigError("streaming needs max_steps: how many rows will come is not known")
-    model_dir = find_model(options.model, use_hf=config.data.use_hf)
+    model_dir = locate(options.model, use_hf=config.data.use_hf, world=world)
     spec = load_model_spec(model_dir)
     layout = lay_out(config, spec, world.size)
     if adopted is not None:

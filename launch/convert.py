@@ -6,7 +6,7 @@ import re
 import shlex
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ from engine.config.options import LaunchOptions, ParallelOptions
 from engine.config.parallel import ParallelLayout
 from engine.config.parse import help_text, parse
 from engine.errors import ConfigError
+from launch.models import locate
 from launch.processes import (
     World,
     find_world,
@@ -87,7 +88,10 @@ class ConvertOptions:
     """Direction: a Megatron checkpoint, or a Hugging Face directory."""
 
     model: str | None = None
-    """Hugging Face directory to read (with --to mcore)."""
+    """Hugging Face directory to read, or the id of a model (with --to mcore)."""
+
+    use_hf: bool | None = None
+    """Look an id up at Hugging Face, or (false) at ModelScope."""
 
     adapter: str | None = None
     """PEFT LoRA adapter of --model: converts the adapter instead of the model (with --to mcore)."""
@@ -112,7 +116,10 @@ class MergeOptions:
     left_out: ClassVar[tuple[str, ...]] = ("max_restarts",)
 
     model: str | None = None
-    """Hugging Face directory of the base; it is not changed."""
+    """Hugging Face directory of the base, or its id; it is not changed."""
+
+    use_hf: bool | None = None
+    """Look an id up at Hugging Face, or (false) at ModelScope."""
 
     adapter: str | None = None
     """PEFT LoRA adapter of that base."""
@@ -129,6 +136,7 @@ def convert(argv: Sequence[str]) -> int:
     options, given = parse(ConvertOptions, argv, launch_environment())
     if options.to is None:
         raise ConfigError("no direction given; pass --to mcore or --to hf")
+    models: dict[str, str] = {}
     source, other = ("model", "checkpoint") if options.to == "mcore" else ("checkpoint", "model")
     if getattr(options, source) is None:
         raise ConfigError(f"--to {options.to} reads --{source}; pass it")
@@ -137,14 +145,16 @@ def convert(argv: Sequence[str]) -> int:
     if options.to == "mcore":
         if options.dequantise and options.adapter is not None:
             raise ConfigError("--dequantise does not go with --adapter; it is for the weights of a model")
-        _check_layout(options)
         if "max_shard_size" in given:
             raise ConfigError("max_shard_size does not go with --to mcore; it is for safetensors files")
+        models = {str(options.model): locate(str(options.model), use_hf=options.use_hf)}
+        options.model = models[str(options.model)]
+        _check_layout(options)
     elif options.adapter is not None:
         raise ConfigError("--adapter does not go with --to hf; a checkpoint knows what it holds")
     elif options.dequantise:
         raise ConfigError("--dequantise does not go with --to hf; a Megatron checkpoint is never fp8")
-    return _run(lambda: _plan(options, given), options.output, options.launch, ["convert", *argv])
+    return _run(lambda: _plan(options, given), options.output, options.launch, ["convert", *argv], models)
 
 
 def _plan(options: ConvertOptions, given: set[str]) -> "Conversion":
@@ -179,20 +189,26 @@ def merge(argv: Sequence[str]) -> int:
     options, _ = parse(MergeOptions, argv, launch_environment())
     if options.model is None or options.adapter is None:
         raise ConfigError("merge adds --adapter DIR to --model DIR; pass both")
-    model, adapter, output = options.model, options.adapter, options.output
+    model, adapter, output = locate(options.model, use_hf=options.use_hf), options.adapter, options.output
 
     def plan() -> "Conversion":
         from converters.merge import plan_merge
 
         return plan_merge(model, adapter, dtype=_dtype(output), max_shard_size=_shard_size(output))
 
-    return _run(plan, output, options.launch, ["merge", *argv])
+    return _run(plan, output, options.launch, ["merge", *argv], {options.model: model})
 
 
 def _run(
-    plan: Callable[[], "Conversion"], output: OutputOptions, launch: LaunchOptions, words: Sequence[str]
+    plan: Callable[[], "Conversion"],
+    output: OutputOptions,
+    launch: LaunchOptions,
+    words: Sequence[str],
+    models: Mapping[str, str],
 ) -> int:
-    """Plan, and write or print the plan. Every process of the job takes its share."""
+    """Plan, and write or print the plan. Every process of the job takes its share; `models` are directories
+    by the names that they were asked for by.
+    """
     began = time.monotonic()
     if output.output_dir is None:
         raise ConfigError("no output directory given; pass --output_dir DIR")
@@ -204,7 +220,7 @@ def _run(
         return 0
     if world.size > 1 and not world.started:
         plan()  # what is wrong with the source is said before any process starts
-        return start_processes(launch, world, words, began=began)
+        return start_processes(launch, world, words, began=began, models=models)
     work = partial(_write, plan, output.output_dir, options, world, words)
     if world.started and started_by_braid():  # which says what the first rank that failed said
         return run_worker(world, work, lambda: "")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from engine.config.parse import help_text, parse
 from engine.errors import ConfigError
+from launch.models import locate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 _USAGE = """usage: braid inspect PATH [--flag value ...]
 
 PATH is a Megatron checkpoint (converted, checkpoint-<step> of a run, LoRA adapters, or another program's), a
-Hugging Face directory or a PEFT adapter. Descriptions and sizes are read, no tensor is. Exit code 0: all of
-it is there, 1: something is missing or damaged, 2: it cannot be read.
+Hugging Face directory, or the id of one, or a PEFT adapter. Descriptions and sizes are read, no tensor is.
+Exit code 0: all of it is there, 1: something is missing or damaged, 2: it cannot be read.
 """
 _SWITCHES = ("--json", "--tensors", "--files")
 _YES_OR_NO = ("true", "false", "1", "0", "yes", "no")
@@ -49,6 +50,9 @@ class InspectOptions:
     files: bool = False
     """List every file by itself."""
 
+    use_hf: bool | None = None
+    """Look an id up at Hugging Face, or (false) at ModelScope."""
+
 
 def inspect(argv: Sequence[str]) -> int:
     """The command `braid inspect`: 0 if all of the checkpoint is there, 1 if not. Raises UserError.
@@ -68,7 +72,7 @@ def inspect(argv: Sequence[str]) -> int:
         raise ConfigError("inspect looks at a directory; pass it: braid inspect PATH")
     from converters.inspect import inspect_checkpoint
 
-    found = inspect_checkpoint(options.checkpoint)
+    found = inspect_checkpoint(locate(options.checkpoint, use_hf=options.use_hf))
     if options.json:
         print(json.dumps(found.as_dict(), indent=1))
     else:

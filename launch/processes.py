@@ -3,6 +3,7 @@
 Whichever rank fails, the user sees one message: the one of the first rank that failed.
 """
 
+import functools
 import json
 import logging
 import os
@@ -29,6 +30,8 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 _STARTED = "BRAID_STARTED"
 _ERROR_DIR = "BRAID_ERROR_DIR"
+MODELS = "BRAID_MODELS"
+"""Directories of models by their id, which the launcher has looked up: a JSON object."""
 _STOPPING = "stopping"
 """File in the folder of errors: the launcher was asked to stop."""
 
@@ -122,6 +125,20 @@ def open_world(world: World) -> None:
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(world.local_size))
     if world.size > 1 and "MASTER_ADDR" not in os.environ:
         raise ConfigError("MASTER_ADDR is not set; under Slurm export the first node's name, and MASTER_PORT")
+
+
+@functools.cache
+def meeting_place(world: World) -> Any:
+    """The store through which ranks find one another. A process of its own has nobody to meet, and needs
+    neither an address nor a port.
+    """
+    import torch.distributed as dist
+
+    if not world.started:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://"))
+    # The agent's store outlives an attempt: what dead ranks left in it must not be found by new ones.
+    return dist.PrefixStore(f"attempt-{restart_count()}", store)
 
 
 def restart_count() -> int:
@@ -229,9 +246,17 @@ def attempt_began() -> float:
     return time.monotonic() - (time.time() - psutil.Process().create_time())
 
 
-def start_processes(options: LaunchOptions, world: World, argv: Sequence[str], *, began: float) -> int:
+def start_processes(
+    options: LaunchOptions,
+    world: World,
+    argv: Sequence[str],
+    *,
+    began: float,
+    models: Mapping[str, str] | None = None,
+) -> int:
     """Start this node's ranks with torch's elastic agent and wait for them. Returns the exit code of the run;
-    `began` is the time.monotonic() of the command's start.
+    `began` is the time.monotonic() of the command's start, `models` are directories by the names that
+    `launch.models` is asked for.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -244,6 +269,7 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str], *
         tempfile.TemporaryDirectory(prefix="braid-") as folder,
         _environment(_ERROR_DIR, folder),
         _environment(_STARTED, repr(began)),
+        _environment(MODELS, json.dumps(models or {})),
     ):
         nodes = options.nnodes or 1
         single = nodes == 1

@@ -10,6 +10,7 @@ from engine.config.parse import help_text, parse
 from engine.errors import CheckpointError, ConfigError, DataError, ModelError, OutputError
 from engine.storage.durable import write_whole
 from launch.convert import worker_count
+from launch.models import locate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,8 +33,8 @@ class VerifyOptions:
     """Flags of `braid verify`."""
 
     model: str | None = None
-    """Hugging Face directory that is right by definition. With --manifest: the model, in either format, that
-    --checkpoint should have been made from.
+    """Hugging Face directory, or the id of a model, that is right by definition. With --manifest: the model,
+    in either format, that --checkpoint should have been made from.
     """
 
     checkpoint: str | None = None
@@ -57,6 +58,9 @@ class VerifyOptions:
     report: str | None = None
     """File for a JSON report."""
 
+    use_hf: bool | None = None
+    """Look an id up at Hugging Face, or (false) at ModelScope."""
+
 
 def verify(argv: Sequence[str]) -> int:
     """The command `braid verify`: 0 if both hold the same model, 1 if not. Raises UserError."""
@@ -69,6 +73,8 @@ def verify(argv: Sequence[str]) -> int:
     options, given = parse(VerifyOptions, argv)
     _check(options, given)
     checkpoint, workers = options.checkpoint or "", worker_count(options.workers)
+    if options.model is not None:
+        options.model = locate(options.model, use_hf=options.use_hf)
     if options.manifest:
         good, content = _manifest(checkpoint, options.model, workers)
     elif options.level == "weights":
