@@ -197,8 +197,8 @@ def draw_lora(config: SftConfig, spec: ModelSpec, layout: ParallelLayout) -> Lor
 
 
 def _would_drop(options: LoraOptions, spec: ModelSpec) -> bool:
-    """Whether the default dropout would hinder adapters of experts, which know none."""
-    return options.adapter is None and lora_from_options(options).adapts_experts(spec)
+    """Whether the default dropout would hinder adapters of experts and their like, which know none."""
+    return options.adapter is None and lora_from_options(options).adapts_parameters(spec)
 
 
 def _lora_of(adapter: str, asked: LoraSpec, changed: Sequence[str]) -> LoraSpec:
