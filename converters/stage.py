@@ -47,11 +47,8 @@ def staged_directory(final: str | Path, *, plan: str, crew: Crew) -> Iterator[Pa
     """
     target = Path(final).resolve()
     with _output_errors(target):
-        _check_free(target, final)
-        # A mount point cannot be replaced; the working directory should not be pulled from under the user.
-        nested = target.is_dir() and (os.path.ismount(target) or target == Path.cwd())
-        home = target if nested else target.parent
-        stage = home / f".{target.name}.partial-{plan[:_PLAN_DIGITS]}"
+        stage = stage_for(final, plan=plan)
+        home, nested = stage.parent, stage.parent == target
         _make(stage)
         with _lock(stage, final, shared=crew.size > 1):
             if crew.rank == 0:
@@ -70,6 +67,16 @@ def staged_directory(final: str | Path, *, plan: str, crew: Crew) -> Iterator[Pa
                 raise
             if crew.rank == 0:
                 _publish(stage, target, nested=nested)
+
+
+def stage_for(final: str | Path, *, plan: str) -> Path:
+    """Where `final` would be staged. Raises OutputError if it exists and is not an empty directory."""
+    target = Path(final).resolve()
+    _check_free(target, final)
+    # A mount point cannot be replaced; the working directory should not be pulled from under the user.
+    nested = target.is_dir() and (os.path.ismount(target) or target == Path.cwd())
+    home = target if nested else target.parent
+    return home / f".{target.name}.partial-{plan[:_PLAN_DIGITS]}"
 
 
 def _check_free(target: Path, final: str | Path) -> None:

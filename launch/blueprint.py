@@ -66,8 +66,7 @@ class Blueprint:
         return "\n".join(
             [
                 *adopted,
-                f"model: {self.model_dir} ({spec.architecture}, {spec.num_parameters() / 1e6:,.1f} M "
-                f"parameters, {spec.num_layers} layers)",
+                f"model: {self.model_dir} ({spec.summary()})",
                 *adapter,
                 f"layout: {self.layout.summary()}",
                 self.layout.grid(),

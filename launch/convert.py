@@ -154,7 +154,8 @@ def convert(argv: Sequence[str]) -> int:
         raise ConfigError("--adapter does not go with --to hf; a checkpoint knows what it holds")
     elif options.dequantise:
         raise ConfigError("--dequantise does not go with --to hf; a Megatron checkpoint is never fp8")
-    return _run(lambda: _plan(options, given), options.output, options.launch, ["convert", *argv], models)
+    job = _Job(words=["convert", *argv], output=options.output, launch=options.launch, models=models)
+    return _run(lambda: _plan(options, given), lambda: _about(options), job)
 
 
 def _plan(options: ConvertOptions, given: set[str]) -> "Conversion":
@@ -196,32 +197,39 @@ def merge(argv: Sequence[str]) -> int:
 
         return plan_merge(model, adapter, dtype=_dtype(output), max_shard_size=_shard_size(output))
 
-    return _run(plan, output, options.launch, ["merge", *argv], {options.model: model})
+    job = _Job(words=["merge", *argv], output=output, launch=options.launch, models={options.model: model})
+    return _run(plan, lambda: [_model_line(model)], job)
 
 
-def _run(
-    plan: Callable[[], "Conversion"],
-    output: OutputOptions,
-    launch: LaunchOptions,
-    words: Sequence[str],
-    models: Mapping[str, str],
-) -> int:
-    """Plan, and write or print the plan. Every process of the job takes its share; `models` are directories
-    by the names that they were asked for by.
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A conversion, whatever it is of."""
+
+    words: Sequence[str]
+    """The command line, behind `braid`."""
+    output: OutputOptions
+    launch: LaunchOptions
+    models: Mapping[str, str]
+    """Directories of models, by the names that they were asked for by."""
+
+
+def _run(plan: Callable[[], "Conversion"], about: Callable[[], Sequence[str]], job: _Job) -> int:
+    """Plan, and write, or print the plan behind what there is to say `about` its source. Every process of the
+    job takes its share.
     """
-    began = time.monotonic()
+    began, output = time.monotonic(), job.output
     if output.output_dir is None:
         raise ConfigError("no output directory given; pass --output_dir DIR")
-    world = find_world(launch, words[0])
+    world = find_world(job.launch, job.words[0])
     options = _transfer_options(output, world)
     if output.dry_run:
         if world.rank == 0:
-            _print_plan(plan(), options, output.output_dir)
+            _print_plan(plan(), options, output.output_dir, about())
         return 0
     if world.size > 1 and not world.started:
         plan()  # what is wrong with the source is said before any process starts
-        return start_processes(launch, world, words, began=began, models=models)
-    work = partial(_write, plan, output.output_dir, options, world, words)
+        return start_processes(job.launch, world, job.words, began=began, models=job.models)
+    work = partial(_write, plan, output.output_dir, options, world, job.words)
     if world.started and started_by_braid():  # which says what the first rank that failed said
         return run_worker(world, work, lambda: "")
     work()
@@ -282,13 +290,21 @@ def _transfer_options(output: OutputOptions, world: World) -> "TransferOptions":
     return TransferOptions(workers=workers, max_memory=memory, crew=crew)
 
 
-def _print_plan(conversion: "Conversion", options: "TransferOptions", output_dir: str) -> None:
+def _print_plan(
+    conversion: "Conversion", options: "TransferOptions", output_dir: str, about: Sequence[str]
+) -> None:
+    """Raises OutputError for what the conversion would refuse of its target."""
     import shutil
     from pathlib import Path
 
     from rich.console import Console
     from rich.table import Table
 
+    from converters.conversion import check_output
+
+    needed = check_output(conversion, output_dir)
+    for line in about:
+        print(line)
     table = Table(title=f"{output_dir} ({conversion.kind})")
     table.add_column("file")
     table.add_column("GB", justify="right")
@@ -299,8 +315,10 @@ def _print_plan(conversion: "Conversion", options: "TransferOptions", output_dir
     print(
         f"{conversion.tensors} tensors, {conversion.nbytes / 1e9:.3f} GB, read from "
         f"{conversion.source.directory}\n"
-        f"{shutil.disk_usage(place).free / 1e9:.3f} GB free on {place}; {options.workers} workers hold at "
-        f"most {options.max_memory / 1e6:.0f} MB of tensors; nothing was written"
+        f"{shutil.disk_usage(place).free / 1e9:.3f} GB free on {place}, {needed / 1e9:.3f} GB needed; "
+        f"{options.workers} workers hold at most {options.max_memory / 1e6:.0f} MB of tensors\n"
+        f"checked: configuration, names and shapes of all tensors, output directory and room; nothing was "
+        f"written"
     )
 
 
@@ -326,7 +344,24 @@ def _progress(total: int) -> Iterator[Callable[[int], None] | None]:
         yield advance
 
 
-def _check_layout(options: ConvertOptions) -> None:
+def _about(options: ConvertOptions) -> list[str]:
+    """What is converted, and the layout that it was checked for."""
+    from converters.mcore.companions import COMPANIONS_DIR
+
+    if options.to == "hf":
+        return [_model_line(options.checkpoint or "", COMPANIONS_DIR)]
+    layout = _check_layout(options)
+    model = _model_line(options.model or "", fp8=options.dequantise)
+    return [model, f"layout: {layout.summary()}", layout.grid()]
+
+
+def _model_line(directory: str, below: str = "", *, fp8: bool = False) -> str:
+    from engine.model.spec import load_model_spec
+
+    return f"model: {directory} ({load_model_spec(os.path.join(directory, below), fp8=fp8).summary()})"
+
+
+def _check_layout(options: ConvertOptions) -> ParallelLayout:
     """A layout that the model cannot take is refused here, not when the run that needs it starts."""
     from engine.model.spec import load_model_spec
 
@@ -345,6 +380,7 @@ def _check_layout(options: ConvertOptions) -> None:
     resolved = ParallelLayout.resolve(degrees, num_layers=spec.num_layers, world_size=ranks)
     spec.check_tensor_parallel(resolved.tp)
     spec.check_expert_parallel(resolved.ep, resolved.etp)
+    return resolved
 
 
 def _dtype(output: OutputOptions) -> Any:

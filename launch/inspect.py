@@ -22,7 +22,7 @@ Exit code 0: all of it is there, 1: something is missing or damaged, 2: it canno
 """
 _SWITCHES = ("--json", "--tensors", "--files")
 _YES_OR_NO = ("true", "false", "1", "0", "yes", "no")
-_KINDS = {
+KINDS = {
     "converted": "Megatron checkpoint (torch_dist), converted by braid",
     "training": "Megatron checkpoint (torch_dist) of a braid run",
     "adapter": "Megatron checkpoint (torch_dist) of LoRA adapters",
@@ -135,7 +135,7 @@ def _head(found: "Inspection") -> "Table":
         step += f" ({found.step_source})"
     rows = {
         "path": found.path,
-        "kind": _KINDS[found.kind],
+        "kind": KINDS[found.kind],
         "model": _model_words(found),
         "adapter": _adapter_words(found),
         "step": "" if found.kind in ("huggingface", "peft") and found.step is None else step,

@@ -7,7 +7,7 @@ from engine.model.memory import RankMemory, Workload, estimate
 from launch.blueprint import Blueprint
 from launch.gpu import Card, may_have_te, visible_card
 
-_GIB = 2**30
+GIB = 2**30
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "layer", "head", "sum")
 # Assumed: CUDA's context and libraries, and what the allocator cannot use; and buffers of NCCL.
 _ALLOWANCE_GIB, _NCCL_GIB = 2.0, 2.0
@@ -48,7 +48,7 @@ def describe_memory(blueprint: Blueprint) -> str:
         + (", NCCL" if blueprint.layout.world_size > 1 else ""),
     ]
     if card is not None:
-        lines.append(f"  {_verdict(max(memory.total for memory in stages) / _GIB, allowance, card)}")
+        lines.append(f"  {_verdict(max(memory.total for memory in stages) / GIB, allowance, card)}")
     return "\n".join(lines)
 
 
@@ -57,7 +57,7 @@ def _row(memory: RankMemory) -> str:
         memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.layer, memory.head,
         memory.total,
     )  # fmt: skip
-    return "".join(f"{part / _GIB:>13.1f}" for part in parts)
+    return "".join(f"{part / GIB:>13.1f}" for part in parts)
 
 
 def _verdict(needed: float, allowance: float, card: Card) -> str:
@@ -69,11 +69,16 @@ def _verdict(needed: float, allowance: float, card: Card) -> str:
     return f"{here}: fits, {card.gib - needed - allowance:.1f} GiB are left"
 
 
+def peak(blueprint: Blueprint) -> float:
+    """Bytes of the rank that takes the most."""
+    return max(memory.total for memory in estimate(workload(blueprint)))
+
+
 def check_card(blueprint: Blueprint, card: Card | None) -> None:
     """Raise ConfigError where a card cannot even hold weights, gradients and optimizer."""
     if card is None:
         return
-    needed = max(memory.lasting for memory in estimate(workload(blueprint))) / _GIB
+    needed = max(memory.lasting for memory in estimate(workload(blueprint))) / GIB
     if needed > card.gib:
         raise ConfigError(
             f"weights, gradients and optimizer take {needed:.0f} GiB of a rank, {card.name} has "

@@ -18,7 +18,7 @@ from engine.data.packing import pack
 from engine.data.prepare import prepare
 from engine.data.survey import Lengths, histogram
 from launch.cli import main
-from launch.data import read_options
+from launch.data import ReportOptions, read_options
 from launch.data_report import visible
 from launch.pipe import CLOSED
 from tests.launch.runs import ROOT, Place, assert_one_line, everything_in, question_rows, write_rows
@@ -470,7 +470,7 @@ def test_a_bad_row_is_named(words: list[str], tmp_path: Path, capsys: pytest.Cap
 def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "--help"]) == 0
     listed = Counter(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE))
-    assert set(listed) == {"model", "seed", "samples", "output_dir", "json", *vars(DataOptions())}
+    assert set(listed) == {*vars(ReportOptions()), *vars(DataOptions())}
 
 
 @pytest.mark.parametrize(
