@@ -88,7 +88,7 @@ def test_a_dry_run_prints_what_became_what(place: Place) -> None:
             "--fsdp full_shard auto_wrap --tensor_model_parallel_size 1 --pipeline_model_parallel_size 2",
             "with data_parallel_sharding_strategy optim_grads_params (ZeRO-3, FSDP); leave it at 1",
         ),
-        ("--deepspeed zero3 --fp8_recipe blockwise", "fp8_recipe does not go with"),
+        ("--deepspeed zero3 --fp8_recipe blockwise --device auto --dry_run", "fp8_recipe does not go with"),
         ("--deepspeed gone.json", "--deepspeed gone.json cannot be read: No such file"),
         ("--deepspeed zero9", "--deepspeed zero9 is neither a JSON file nor one of zero0"),
         ("--deepspeed zero1 --use_distributed_optimizer false", "contradicts zero_optimization.stage 1"),
