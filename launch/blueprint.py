@@ -153,7 +153,30 @@ def lay_out(config: SftConfig, spec: ModelSpec, world_size: int) -> ParallelLayo
     _check_experts(config, spec)
     spec.check_context_parallel(layout.tp, layout.cp, layout.cp_comm_type)
     layout.check_cp_comm_type(has_te=options.transformer_impl != "torch" and options.device != "cpu")
+    if config.optimizer.fully_sharded:
+        _check_full_sharding(config, layout)
     return layout
+
+
+def _check_full_sharding(config: SftConfig, layout: ParallelLayout) -> None:
+    """Raise ConfigError for what was not seen to train the same weights under Megatron-FSDP."""
+    strategy = config.optimizer.data_parallel_sharding_strategy
+    name = "ZeRO-2" if strategy == "optim_grads" else "ZeRO-3, FSDP"
+    for option, value in (
+        ("pipeline_model_parallel_size", layout.pp),
+        ("expert_model_parallel_size", layout.ep),
+        ("expert_tensor_parallel_size", layout.etp),
+    ):
+        if value > 1:
+            raise ConfigError(
+                f"{option} {value} does not go with data_parallel_sharding_strategy {strategy} ({name}); "
+                f"leave it at 1, or take optim (--deepspeed zero1)"
+            )
+    if config.model.fp8_recipe is not None:
+        raise ConfigError(
+            f"fp8_recipe does not go with data_parallel_sharding_strategy {strategy} ({name}); leave it out, "
+            f"or take optim (--deepspeed zero1)"
+        )
 
 
 def draw_lora(config: SftConfig, spec: ModelSpec, layout: ParallelLayout) -> LoraSpec | None:
@@ -221,20 +244,8 @@ def _refuse_unbuilt(config: SftConfig) -> None:
             raise ConfigError(f"report_to {name!r} is not known; choose from {', '.join(REPORTERS)}")
         if name not in ("tensorboard", "none") and find_spec(name) is None:
             raise ConfigError(f"report_to {name}: it is not installed; pip install {name}, or leave it out")
-    _refuse_full_sharding(config)
     if "none" in config.run.report_to and len(config.run.report_to) > 1:
         raise ConfigError("report_to none stands alone, not beside other names")
-
-
-def _refuse_full_sharding(config: SftConfig) -> None:
-    strategy = config.optimizer.data_parallel_sharding_strategy
-    if strategy in ("optim_grads", "optim_grads_params"):
-        name = "ZeRO-2" if strategy == "optim_grads" else "ZeRO-3, FSDP"
-        raise ConfigError(
-            f"data_parallel_sharding_strategy {strategy} ({name}): a run of it could not save a checkpoint "
-            f"in this version; take optim (--deepspeed zero1), which trains the same weights, with "
-            f"tensor_model_parallel_size for what does not fit"
-        )
 
 
 def check_ranges(config: SftConfig) -> None:

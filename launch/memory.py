@@ -3,6 +3,7 @@
 import math
 import os
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -12,7 +13,8 @@ from engine.model.memory import RankMemory, Workload, estimate
 from launch.blueprint import Blueprint
 
 _GIB = 2**30
-_COLUMNS = ("weights", "gradients", "optimizer", "activations", "layer", "head", "sum")
+_COLUMNS = ("weights", "gradients", "optimizer", "activations", "layer", "head")
+_GATHERED = "  gathered: what ranks share and one has whole for a while, weights at work and new gradients"
 # Assumed: CUDA's context and libraries, and what the allocator cannot use; and buffers of NCCL.
 _ALLOWANCE_GIB, _NCCL_GIB = 2.0, 2.0
 
@@ -68,12 +70,14 @@ def describe_memory(blueprint: Blueprint) -> str:
     card = visible_card(blueprint.config.model)
     work = workload(blueprint, card)
     stages = estimate(work)
+    columns = (*_COLUMNS, *(("gathered",) if any(memory.gathered for memory in stages) else ()), "sum")
     allowance = _ALLOWANCE_GIB + (_NCCL_GIB if blueprint.layout.world_size > 1 else 0.0)
     lines = [
         f"memory of a rank on a GPU, an estimate in GiB: {work.dtype}, {work.tokens:,} tokens a micro-batch",
-        "  stage" + "".join(f"{name:>13}" for name in _COLUMNS),
-        *(f"  {f'pp{rank}':<5}" + _row(memory) for rank, memory in enumerate(stages)),
+        "  stage" + "".join(f"{name:>13}" for name in columns),
+        *(f"  {f'pp{rank}':<5}" + _row(memory, columns) for rank, memory in enumerate(stages)),
         "  layer and head: what one of them has while it is at work, of which the larger counts",
+        *([_GATHERED] if "gathered" in columns else []),
         f"  not in the sum, assumed: {allowance:.0f} GiB for the CUDA context and libraries, memory in pieces"
         + (", NCCL" if blueprint.layout.world_size > 1 else ""),
     ]
@@ -82,11 +86,8 @@ def describe_memory(blueprint: Blueprint) -> str:
     return "\n".join(lines)
 
 
-def _row(memory: RankMemory) -> str:
-    parts = (
-        memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.layer, memory.head,
-        memory.total,
-    )  # fmt: skip
+def _row(memory: RankMemory, columns: Sequence[str]) -> str:
+    parts = [memory.total if name == "sum" else getattr(memory, name) for name in columns]
     return "".join(f"{part / _GIB:>13.1f}" for part in parts)
 
 

@@ -207,8 +207,7 @@ class OptimizerOptions:
         Literal["no_shard", "optim", "optim_grads", "optim_grads_params"] | None
     ) = None
     """What data-parallel ranks shard: nothing (use_distributed_optimizer false), optimizer states (ZeRO-1,
-    the default), gradients too (ZeRO-2), or weights too (ZeRO-3). The last two are Megatron-FSDP, and not
-    available in this version: checkpoints of it cannot be saved.
+    the default), gradients too (ZeRO-2), or weights too (ZeRO-3). The last two are Megatron-FSDP.
     """
 
     overlap_grad_reduce: bool = True
@@ -218,6 +217,11 @@ class OptimizerOptions:
     """Gather updated parameters while the next forward pass runs (distributed optimizer, data-parallel size >
     1).
     """
+
+    @property
+    def fully_sharded(self) -> bool:
+        """Whether Megatron-FSDP is asked for."""
+        return self.data_parallel_sharding_strategy in ("optim_grads", "optim_grads_params")
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,10 @@ from engine.model.spec import ModelSpec
 LOGITS_BLOCK = 2**31
 """Bytes of logits that the head makes at once on a GPU, about."""
 
+# Elements that Megatron-FSDP may have under way: weights gathered ahead, gradients that are being reduced,
+# and what it reduces at once where units are not decoder layers.
+_GATHERED_AHEAD, _REDUCED_BEHIND, _BUCKET = 5e8, 1e9, 4e7
+
 _MOMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -53,9 +57,11 @@ class RankMemory:
     """Bytes of one rank. The ranks of a pipeline stage have the same, but for padding of the vocabulary."""
 
     weights: float
-    """In the run's dtype, adapters in fp32, and with fp8 two further copies of the linears."""
+    """In the run's dtype, adapters in fp32, and with fp8 two further copies of the linears. Its own rows
+    where ranks share them.
+    """
     gradients: float
-    """Megatron's fp32 buffers, of what is trained."""
+    """Megatron's fp32 buffers, of what is trained; its own rows, where ranks share them."""
     optimizer: float
     """This rank's part of master weights and moments."""
     activations: float
@@ -64,6 +70,12 @@ class RankMemory:
     """What a layer's backward pass has beside what was kept."""
     head: float
     """The same of the LM head and the loss; 0 on all stages but the last."""
+    gathered: float = 0.0
+    """What data-parallel ranks share, and a rank has whole for a while: weights of layers at work and of what
+    is no layer, and gradients that are not reduced yet.
+    """
+    unshared: float = 0.0
+    """The weights at the start, all of them on every rank, that ranks then share."""
 
     @property
     def lasting(self) -> float:
@@ -73,7 +85,8 @@ class RankMemory:
     @property
     def total(self) -> float:
         """At the peak: the head is done when the last layer's backward pass begins."""
-        return self.lasting + self.activations + max(self.layer, self.head)
+        at_work = self.activations + max(self.layer, self.head) + self.gathered
+        return self.lasting + max(at_work, self.unshared)
 
 
 def estimate(work: Workload) -> list[RankMemory]:
@@ -96,6 +109,8 @@ def _stage(work: Workload, pp_rank: int) -> RankMemory:
         activations=most_in_flight(kept, work.layout, pp_rank, work.micro_batches),
         layer=max(_at_work(work, chunk, layers) for chunk in chunks),
         head=_head(work) if last else 0.0,
+        gathered=held.gathered,
+        unshared=held.unshared,
     )
 
 
@@ -107,6 +122,19 @@ class Parameters:
     """The same on all data- and context-parallel ranks."""
     experts: float
     """The same on all ranks with the same experts."""
+
+    @classmethod
+    def sum(cls, parts: Sequence["Parameters"]) -> "Parameters":
+        return cls(dense=sum(part.dense for part in parts), experts=sum(part.experts for part in parts))
+
+    @property
+    def total(self) -> float:
+        return self.dense + self.experts
+
+    def share(self, layout: ParallelLayout) -> float:
+        """A rank's part, where ranks with the same ones divide them."""
+        expert_ranks = layout.world_size // (layout.pp * layout.ep * layout.etp)
+        return self.dense / (layout.dp * layout.cp) + self.experts / expert_ranks
 
 
 def layer_parameters(spec: ModelSpec, layout: ParallelLayout, layer: int) -> tuple[Parameters, float]:
@@ -149,34 +177,52 @@ class _Held:
     weights: float
     gradients: float
     optimizer: float
+    gathered: float
+    unshared: float
 
 
 def _held(work: Workload, pp_rank: int, chunks: Sequence[range]) -> _Held:
     """What is there between steps."""
-    spec, layout, size = work.spec, work.layout, work.numbers.size
+    spec, layout, options, size = work.spec, work.layout, work.optimizer, work.numbers.size
     of_layers = [layer_parameters(spec, layout, layer) for chunk in chunks for layer in chunk]
-    dense = sum(parameters.dense for parameters, _ in of_layers) + _ends(spec, layout, pp_rank)
-    experts = sum(parameters.experts for parameters, _ in of_layers)
-    weights = size * (dense + experts)
+    layers = [part for part, _ in of_layers]
+    ends = Parameters(dense=_ends(spec, layout, pp_rank), experts=0.0)
+    model = trained = Parameters.sum([ends, *layers])
+    sharded = options.fully_sharded and layout.dp * layout.cp > 1
+    divided = sharded and options.data_parallel_sharding_strategy == "optim_grads_params"
+    weights = size * (model.share(layout) if divided else model.total)
     if work.fp8:
         weights += 2 * sum(linears for _, linears in of_layers)
-    # Adapters are fp32, as are the weights of a run in fp32: neither has a second, master copy.
-    master = 4 if size < 4 and work.lora is None else 0
     if work.lora is not None:
-        adapters = [adapter_parameters(work.lora, spec, layout, layer) for chunk in chunks for layer in chunk]
-        dense, experts = sum(part.dense for part in adapters), sum(part.experts for part in adapters)
-        weights += 4 * (dense + experts)
-    options = work.optimizer
+        trained = Parameters.sum(
+            [adapter_parameters(work.lora, spec, layout, layer) for chunk in chunks for layer in chunk]
+        )
+        weights += 4 * (trained.share(layout) if divided else trained.total)
+    # Adapters are fp32, as are the weights of a run in fp32: neither has a second, master copy, but under
+    # Megatron-FSDP.
+    master = 4 if sharded or (size < 4 and work.lora is None) else 0
     moments = _MOMENT_BYTES[options.exp_avg_dtype] + _MOMENT_BYTES[options.exp_avg_sq_dtype]
-    ranks, expert_ranks = layout.dp * layout.cp, layout.world_size // (layout.pp * layout.ep * layout.etp)
-    if not options.use_distributed_optimizer:
-        ranks = expert_ranks = 1
     here = 1 - options.optimizer_offload_fraction if options.optimizer_cpu_offload else 1.0
+    states = trained.share(layout) if options.use_distributed_optimizer else trained.total
     return _Held(
         weights=weights,
-        gradients=4 * (dense + experts),
-        optimizer=here * (master + moments) * (dense / ranks + experts / expert_ranks),
+        gradients=4 * (trained.share(layout) if sharded else trained.total),
+        optimizer=here * (master + moments) * states,
+        gathered=_gathered(work, [part.total for part in layers], ends.total) if sharded else 0.0,
+        unshared=size * model.total if divided else 0.0,
     )
+
+
+def _gathered(work: Workload, layers: Sequence[float], ends: float) -> float:
+    """What Megatron-FSDP has whole at the peak, where layers and ends have so many elements. Adapters are
+    small beside that.
+    """
+    weights, unit = 0.0, _BUCKET
+    if work.optimizer.data_parallel_sharding_strategy == "optim_grads_params":
+        unit = max(layers)
+        weights = work.numbers.size * (min(sum(layers), _GATHERED_AHEAD + unit) + ends)
+    gradients = 0.0 if work.lora is not None else min(sum(layers) + ends, _REDUCED_BEHIND + unit)
+    return weights + 4 * gradients
 
 
 def _ends(spec: ModelSpec, layout: ParallelLayout, pp_rank: int) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from engine.runtime.fsdp import local
 from engine.runtime.kernels import fused
 from engine.runtime.offload import Hosted, update_hosted
 
@@ -21,7 +22,7 @@ class FusedAdamW(torch.optim.Optimizer):
     weight_decay * w).
 
     Arithmetic is in float32; moments are stored in `moment_dtypes`, where they are, and in that of their
-    parameter otherwise.
+    parameter otherwise. Of a DTensor, this rank's part is updated.
     """
 
     moment_dtypes: Mapping[str, torch.dtype] = {}
@@ -71,16 +72,17 @@ class FusedAdamW(torch.optim.Optimizer):
                 self.state[param][name] = torch.zeros_like(self.hosted[param].master)
             else:
                 dtype = self.moment_dtypes.get(name, param.dtype)
-                self.state[param][name] = torch.zeros_like(param, dtype=dtype)
+                self.state[param][name] = torch.zeros_like(local(param), dtype=dtype)
 
     def _step_here(self, group: Mapping[str, Any], params: list[Tensor], done: int) -> None:
         first = [self.state[param]["exp_avg"] for param in params]
         second = [self.state[param]["exp_avg_sq"] for param in params]
+        gradients = [local(param.grad) for param in params if param.grad is not None]
+        own = [local(param) for param in params]
         if {state.dtype for state in first + second} == {param.dtype for param in params}:
-            gradients = [param.grad for param in params if param.grad is not None]
-            _step_with_torch(group, params, gradients, first, second, done)
+            _step_with_torch(group, own, gradients, first, second, done)
         else:
-            self._step_mixed(group, params, first, second, done)
+            self._step_mixed(group, own, gradients, first, second, done)
 
     def _step_on_host(self, group: Mapping[str, Any], items: list[Hosted], done: int) -> None:
         def update(item: Hosted, part: slice, gradient: Tensor) -> None:
@@ -94,6 +96,7 @@ class FusedAdamW(torch.optim.Optimizer):
         self,
         group: Mapping[str, Any],
         params: list[Tensor],
+        gradients: list[Tensor],
         exp_avgs: list[Tensor],
         exp_avg_sqs: list[Tensor],
         done: int,
@@ -109,9 +112,8 @@ class FusedAdamW(torch.optim.Optimizer):
             group["eps"],
         ]
         factors = torch.tensor(numbers, dtype=torch.float32, device=params[0].device)
-        for param, exp_avg, exp_avg_sq in zip(params, exp_avgs, exp_avg_sqs, strict=True):
-            assert param.grad is not None
-            _update(param, param.grad, exp_avg, exp_avg_sq, factors)
+        for param, grad, exp_avg, exp_avg_sq in zip(params, gradients, exp_avgs, exp_avg_sqs, strict=True):
+            _update(param, grad, exp_avg, exp_avg_sq, factors)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but moments go where they belong, in their own dtype, and those that are there already

@@ -11,6 +11,8 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from engine.runtime.fsdp import local
+
 # Elements that travel at once, and how many of such pieces are on their way while another one is updated.
 _PIECE = 2**25
 _AHEAD = 3
@@ -29,6 +31,12 @@ class Hosted:
     target: Tensor
     """The range of the model's weight, in its dtype."""
 
+    @property
+    def gradient(self) -> Tensor:
+        """Where it is computed, flat."""
+        assert self.main.grad is not None
+        return local(self.main.grad).view(-1)
+
 
 Update = Callable[[Hosted, slice, Tensor], None]
 
@@ -39,9 +47,9 @@ def update_hosted(items: Sequence[Hosted], update: Update) -> None:
     while other parts are updated; the current stream waits for the weights.
     """
     pieces = [
-        (item, slice(first, min(first + _PIECE, item.main.numel())))
+        (item, slice(first, min(first + _PIECE, item.master.numel())))
         for item in items
-        for first in range(0, item.main.numel(), _PIECE)
+        for first in range(0, item.master.numel(), _PIECE)
     ]
     if not pieces:
         return
@@ -49,8 +57,7 @@ def update_hosted(items: Sequence[Hosted], update: Update) -> None:
         _Lanes(pieces, update).run()
         return
     for item, part in pieces:
-        assert item.main.grad is not None
-        update(item, part, item.main.grad[part])
+        update(item, part, item.gradient[part])
         item.target[part] = item.master[part]
 
 
@@ -84,10 +91,9 @@ class _Lanes:
 
     def fetch(self, number: int) -> torch.cuda.Event:
         item, part = self.pieces[number]
-        assert item.main.grad is not None
         with torch.cuda.stream(self.inward):
             place = self.gradients[number % _AHEAD][: part.stop - part.start]
-            place.copy_(item.main.grad[part], non_blocking=True)
+            place.copy_(item.gradient[part], non_blocking=True)
             return self.inward.record_event()
 
     def narrowed(self, item: Hosted, part: slice, lane: int) -> Tensor:
@@ -104,6 +110,10 @@ def offload(part: DistributedOptimizer, fraction: float) -> None:
     """Move master weights of at least `fraction` of the elements that a distributed optimizer owns to the
     host. Its inner optimizer, a FusedAdamW, updates them there.
     """
+    if part.ddp_config.use_megatron_fsdp:
+        for model in part.model_chunks:
+            _offload_rows(part.optimizer.hosted, model, fraction)
+        return
     hosted, pairs = part.optimizer.hosted, list(_pairs(part))
     wanted = fraction * sum(main.numel() for _, main, _ in pairs)
     done = 0
@@ -112,15 +122,41 @@ def offload(part: DistributedOptimizer, fraction: float) -> None:
             break
         done += main.numel()
         owned = part._get_model_param_range_map(model)["param"]
-        master = main.detach().to("cpu", torch.float32, copy=True)
         hosted[main] = Hosted(
             main=main,
-            master=master.pin_memory() if main.is_cuda else master,
+            master=_to_host(main.detach()),
             target=model.detach().view(-1)[owned.start : owned.end],
         )
         if half:
             main.data = torch.full((), float("nan"), device=main.device).expand(main.shape)
     _redirect(part)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    copy = tensor.to("cpu", torch.float32, copy=True)
+    return copy.pin_memory() if tensor.is_cuda else copy
+
+
+def _offload_rows(hosted: dict[Tensor, Hosted], model: Any, fraction: float) -> None:
+    """The same under Megatron-FSDP. A group of parameters has one buffer of master weights there, so that
+    whole groups move.
+    """
+    buffers = model.param_and_grad_buffer
+    groups = [group for group in buffers.parameter_groups if group.main_weight_buffer is not None]
+    wanted = fraction * sum(group.main_weight_buffer.data.numel() for group in groups)
+    done = 0
+    for group in groups:
+        if done >= wanted:
+            break
+        done += group.main_weight_buffer.data.numel()
+        for rows in (model.rows[parameter] for parameter in group.params):
+            own = local(rows.main.detach())
+            hosted[rows.main] = Hosted(main=rows.main, master=_to_host(own.view(-1)), target=rows.weight)
+            unreadable = torch.full((), float("nan"), device=own.device).expand(own.shape)
+            # Two DTensors refer to the buffer, of which one is Megatron's own.
+            for tensor in (rows.main, buffers.dist_main_weight[rows.name]):
+                tensor._local_tensor = unreadable
+        group.main_weight_buffer = None  # so that nothing is copied from it after an update
 
 
 def _pairs(part: DistributedOptimizer) -> Iterator[tuple[Tensor, Tensor, bool]]:

@@ -25,8 +25,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 
 from engine.errors import OutputError
-from engine.model.lora import adapter_state
 from engine.runtime import mcore
+from engine.runtime.fsdp import gather_weights
 from engine.storage.durable import fsync
 from engine.storage.files import dtype_name, write_json
 from engine.storage.layout import merge_boxes, write_frame
@@ -45,8 +45,11 @@ from engine.storage.writer import BackgroundWriter, read_answer
 from engine.training.optimizer_state import (
     StateBox,
     descriptions,
-    distributed_parts,
+    model_state,
+    row_boxes,
+    set_settings,
     set_states,
+    settings_of,
     state_boxes,
     states_of,
 )
@@ -258,15 +261,13 @@ def collect(
     models: Sequence[DistributedDataParallel], optimizer: Any, groups: mcore.Groups, *, started: bool
 ) -> Shards:
     """This rank's part of a checkpoint. `started` is whether there has been a step."""
-    parts = distributed_parts(optimizer)
     if not started:
-        # Before the first step the optimizer has no moments; asking it for what it would load makes them.
+        # Before the first step the optimizer has no moments; to ask for what would be loaded makes them.
         sharded_state(models, optimizer, groups, loading=True)
     state = sharded_state(models, optimizer, groups, loading=False)
     known = descriptions(state)
+    weights = _sharded_weights(models, state, known)
     shards = split_state(state)
-    if parts is None:
-        return shards
     boxes = [
         Part(
             key=box.state_key(name),
@@ -275,12 +276,40 @@ def collect(
             offsets=box.offsets,
             sizes=box.sizes,
         )
-        for part in parts
+        for part in optimizer.chained_optimizers
+        if part.optimizer is not None  # a rank without parameters to train
         for box in state_boxes(part, known)
         if box.main
         for name, flat in states_of(part, box.parameter).items()
     ]
-    return dataclasses.replace(shards, tensors=(*shards.tensors, *boxes))
+    return dataclasses.replace(shards, tensors=(*shards.tensors, *weights, *boxes))
+
+
+def _sharded_weights(
+    models: Sequence[DistributedDataParallel], state: dict[str, Any], known: dict[torch.Tensor, Any]
+) -> list[Part]:
+    """This rank's rows of weights under Megatron-FSDP; their descriptions leave `state`, because nobody has
+    all rows.
+    """
+    found = []
+    for index, model in enumerate(models):
+        if not model.ddp_config.use_megatron_fsdp:
+            continue
+        state[f"model{index}"] = {
+            name: item for name, item in state[f"model{index}"].items() if isinstance(item, ShardedObject)
+        }
+        found += [
+            Part(
+                key=box.key,
+                data=model.rows[box.parameter].weight[box.start : box.stop],
+                shape=box.shape,
+                offsets=box.offsets,
+                sizes=box.sizes,
+            )
+            for box in row_boxes(model.rows.values(), known)
+            if box.main
+        ]
+    return found
 
 
 @torch.no_grad()
@@ -300,20 +329,30 @@ def load_checkpoint(
     same_layout = degrees == {name: state.layout.get(name, 1) for name in degrees}
     wanted = sharded_state(models, optimizer, groups, loading=True, with_rng=same_layout)
     known = descriptions(wanted)
+    # Its weights are what comes of its master weights.
+    fully_sharded = [model for model in models if model.ddp_config.use_megatron_fsdp]
+    for index, model in enumerate(models):
+        if model in fully_sharded:
+            del wanted[f"model{index}"]
     loaded = load_state(reader, wanted)
     for index, model in enumerate(models):
+        if model in fully_sharded:
+            continue
         # A checkpoint of LoRA training has adapters only, the base keeps its weights.
         found = model.module.load_state_dict(loaded[f"model{index}"], strict=model.module.lora is None)
         assert not found.unexpected_keys, found.unexpected_keys
-    optimizer.load_state_dict(loaded["optimizer"])
-    for part in distributed_parts(optimizer) or []:
-        _load_states(reader, part, known)
+    set_settings(optimizer, loaded["optimizer"])
+    for part in optimizer.chained_optimizers:
+        if part.optimizer is not None:
+            _load_states(reader, part, known)
+    for model in fully_sharded:
+        gather_weights(model)
     if same_layout:
         mcore.set_rng_state(loaded["rng"])
 
 
 def _load_states(reader: TorchDistReader, part: Any, known: dict[torch.Tensor, Any]) -> None:
-    """Fill a distributed optimizer's master weights and moments."""
+    """Fill an optimizer's master weights and moments."""
     boxes: dict[torch.Tensor, list[StateBox]] = {}
     for box in state_boxes(part, known):
         boxes.setdefault(box.parameter, []).append(box)
@@ -346,19 +385,16 @@ def sharded_state(
     with_rng: bool = True,
 ) -> dict[str, Any]:
     chunks = {
-        f"model{i}": model.module.sharded_state_dict()
-        if model.module.lora is None
-        else adapter_state(model.module, layers, groups)
+        f"model{i}": dict(model.described)
+        if model.ddp_config.use_megatron_fsdp
+        else model_state(model.module, layers, groups)
         for i, (model, layers) in enumerate(zip(models, groups.layout.chunks_of(groups.pp_rank), strict=True))
     }
     sharded = dict(chunks)
-    if (parts := distributed_parts(optimizer)) is None:
-        sharded["optimizer"] = optimizer.sharded_state_dict(chunks, is_loading=loading)
-    else:
-        for part in parts if loading else []:
-            if part.optimizer is not None:  # a rank without parameters to train
-                part.optimizer.make_states()
-        sharded["optimizer"] = optimizer.state_dict()
+    for part in optimizer.chained_optimizers if loading else []:
+        if part.optimizer is not None:
+            part.optimizer.make_states()
+    sharded["optimizer"] = settings_of(optimizer)
     if with_rng:
         layout = groups.layout
         sharded["rng"] = ShardedObject(

@@ -113,6 +113,9 @@ class Trainer:
             tools.watchdog.beat("writing the last checkpoint")
             tools.saver.wait()
             tools.saver.wait_for_exports()
+        for model in self.models:
+            if model.ddp_config.use_megatron_fsdp:  # gathers ahead for a step that will not come
+                model.stop_communication()
         return last
 
     def _run(self, state: TrainerState, resume: Path | None, tools: "_Tools") -> Path:
@@ -266,9 +269,13 @@ class _Tools:
 @contextlib.contextmanager
 def parameters_gathered(models: Sequence[DistributedDataParallel]) -> Iterator[None]:
     """With parameter gathering overlapped, an update reaches the model only in the next forward pass: gather
-    it now.
+    it now. Megatron-FSDP gathers in any forward pass.
     """
-    overlapped = [model for model in models if model.ddp_config.overlap_param_gather]
+    overlapped = [
+        model
+        for model in models
+        if model.ddp_config.overlap_param_gather and not model.ddp_config.use_megatron_fsdp
+    ]
     for model in overlapped:
         model.disable_forward_pre_hook(param_sync=True)
     try:

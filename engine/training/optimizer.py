@@ -16,15 +16,16 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from engine.config.options import OptimizerOptions
 from engine.model.gpt import BraidGPTModel
 from engine.runtime import mcore
-from engine.runtime.fsdp import shard_fully
+from engine.runtime.fsdp import FSDP_BUCKET, local, shard_fully
 from engine.runtime.offload import offload
+from engine.training.optimizer_state import model_state
 
 
 def wrap_data_parallel(
     chunks: Sequence[BraidGPTModel], options: OptimizerOptions, groups: mcore.Groups
 ) -> list[DistributedDataParallel]:
     """Gradient buffers in fp32, reduced over the data-parallel ranks while the backward pass runs; or
-    Megatron-FSDP, where gradients, or weights too, are to be sharded.
+    Megatron-FSDP, where gradients, or weights too, are to be sharded over several of them.
     """
     overlap = groups.layout.dp * groups.layout.cp > 1
     values: dict[str, Any] = {
@@ -34,17 +35,23 @@ def wrap_data_parallel(
         "overlap_param_gather": overlap and _overlaps_param_gather(options),
         "check_for_nan_in_grad": False,
     }
-    if options.data_parallel_sharding_strategy in ("optim_grads", "optim_grads_params"):
+    # Of a single rank Megatron-FSDP would add up gradients twice.
+    if overlap and options.fully_sharded:
         values |= {
             "use_megatron_fsdp": True,
             "data_parallel_sharding_strategy": options.data_parallel_sharding_strategy,
+            # All gradients would be one bucket, and whole on every rank until the last of them is there.
+            "bucket_size": FSDP_BUCKET,
+            # grad_reduce_in_fp32 in the words of Megatron 0.19.
+            "megatron_fsdp_main_grads_dtype": torch.float32,
+            "megatron_fsdp_grad_comm_dtype": torch.float32,
             # Megatron-FSDP turns them on in its own copy; the schedules read this one.
             "overlap_grad_reduce": True,
             "overlap_param_gather": options.data_parallel_sharding_strategy == "optim_grads_params",
         }
     config = DistributedDataParallelConfig(**mcore.known_fields(DistributedDataParallelConfig, values))
     if config.use_megatron_fsdp:
-        return [shard_fully(chunk, config, groups) for chunk in chunks]
+        return [_shard_fully(chunk, config, groups) for chunk in chunks]
     return [
         DistributedDataParallel(
             config=chunk.config,
@@ -55,6 +62,15 @@ def wrap_data_parallel(
         )
         for index, chunk in enumerate(chunks)
     ]
+
+
+def _shard_fully(chunk: BraidGPTModel, config: Any, groups: mcore.Groups) -> Any:
+    """What the chunk is in a checkpoint is asked while its weights are whole."""
+    (layers,) = groups.layout.chunks_of(groups.pp_rank)
+    described = model_state(chunk, layers, groups)
+    sharded = shard_fully(chunk, config, groups)
+    sharded.described = described
+    return sharded
 
 
 def _overlaps_param_gather(options: OptimizerOptions) -> bool:
@@ -101,6 +117,8 @@ def build_optimizer(
         optimizer = ChainedOptimizer([optimizer])
     for part in optimizer.chained_optimizers:
         if part.optimizer is not None:  # a rank without parameters to train
+            for group in part.optimizer.param_groups:  # of which Megatron-FSDP lists those without rows too
+                group["params"] = [param for param in group["params"] if local(param).numel()]
             part.optimizer.moment_dtypes = moments
             if options.optimizer_cpu_offload:
                 offload(part, options.optimizer_offload_fraction)

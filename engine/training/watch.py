@@ -84,6 +84,9 @@ def first_nonfinite(models: Sequence[DistributedDataParallel], groups: Groups) -
 
 def _gradients(models: Sequence[DistributedDataParallel]) -> Iterator[tuple[str, torch.Tensor]]:
     for index, model in enumerate(models):
+        if model.ddp_config.use_megatron_fsdp:
+            yield from ((rows.name, rows.gradient) for rows in model.rows.values() if rows.trained)
+            continue
         for name, parameter in model.module.named_parameters():
             gradient = getattr(parameter, "main_grad", None)
             if gradient is not None:

@@ -50,8 +50,10 @@ def test_the_curve_is_that_of_the_same_flags(place: Place, cache: Path) -> None:
     assert len(plain) == 6
     assert len({rate for _, rate in plain}) > 3
     from_file = curve(place, cache, "file", "--deepspeed", written(place, SETTINGS))
-    unsharded = curve(place, cache, "zero0", *FLAGS.split(), "--deepspeed", "zero0")
-    for found in (from_file, unsharded):
+    of_names = [
+        curve(place, cache, name, *FLAGS.split(), "--deepspeed", name) for name in ("zero0", "zero2", "zero3")
+    ]
+    for found in (from_file, *of_names):
         for (loss, rate), (wanted, wanted_rate) in zip(found, plain, strict=True):
             assert loss == pytest.approx(wanted, rel=1e-5)
             assert rate == pytest.approx(wanted_rate, rel=1e-9)
@@ -77,10 +79,16 @@ def test_a_dry_run_prints_what_became_what(place: Place) -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("--deepspeed zero2", "data_parallel_sharding_strategy optim_grads (ZeRO-2): a run of it could not"),
-        ("--deepspeed zero3", "optim_grads_params (ZeRO-3, FSDP): a run of it could not save a checkpoint"),
-        ("--fsdp full_shard auto_wrap", "take optim (--deepspeed zero1), which trains the same weights"),
-        ("--data_parallel_sharding_strategy optim_grads", "could not save a checkpoint"),
+        (
+            "--deepspeed zero2 --tensor_model_parallel_size 1 --pipeline_model_parallel_size 2",
+            "pipeline_model_parallel_size 2 does not go with data_parallel_sharding_strategy optim_grads "
+            "(ZeRO-2); leave it at 1, or take optim (--deepspeed zero1)",
+        ),
+        (
+            "--fsdp full_shard auto_wrap --tensor_model_parallel_size 1 --pipeline_model_parallel_size 2",
+            "with data_parallel_sharding_strategy optim_grads_params (ZeRO-3, FSDP); leave it at 1",
+        ),
+        ("--deepspeed zero3 --fp8_recipe blockwise", "fp8_recipe does not go with"),
         ("--deepspeed gone.json", "--deepspeed gone.json cannot be read: No such file"),
         ("--deepspeed zero9", "--deepspeed zero9 is neither a JSON file nor one of zero0"),
         ("--deepspeed zero1 --use_distributed_optimizer false", "contradicts zero_optimization.stage 1"),

@@ -26,6 +26,48 @@ FULL = f"""--model MODEL --train_type full --dataset '{DATA}#70' --torch_dtype b
 --gradient_checkpointing true --eval_steps 50 --save_steps 50 --save_total_limit 2 --logging_steps 5
 --max_length 2048 --output_dir OUT --warmup_ratio 0.05 --device cpu"""
 
+DS_CONFIG = """{
+    "fp16": {
+        "enabled": "auto",
+        "loss_scale": 0,
+        "loss_scale_window": 1000,
+        "initial_scale_power": 16,
+        "hysteresis": 2,
+        "min_loss_scale": 1
+    },
+    "bf16": {"enabled": "auto"},
+    "optimizer": {
+        "type": "AdamW",
+        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+    },
+    "scheduler": {
+        "type": "WarmupDecayLR",
+        "params": {
+            "total_num_steps": "auto",
+            "warmup_min_lr": "auto",
+            "warmup_max_lr": "auto",
+            "warmup_num_steps": "auto"
+        }
+    },
+    "zero_optimization": {
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu", "pin_memory": true},
+        "allgather_partitions": true,
+        "allgather_bucket_size": 2e8,
+        "overlap_comm": true,
+        "reduce_scatter": true,
+        "reduce_bucket_size": 2e8,
+        "contiguous_gradients": true
+    },
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "steps_per_print": 2000,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "wall_clock_breakdown": false
+}"""
+"""Of section 3.3. Stage 3 is the same file with another number, and offload_param."""
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -62,6 +104,29 @@ def test_ddp_lora(model: Path, tmp_path: Path, cache: Path) -> None:
     done = run(LORA, model, tmp_path / "out", cache, **environment)
     assert "4 ranks = TP 1 x PP 1 x CP 1 x DP 4" in done.stdout
     assert_trained(done, model, tmp_path / "out", 3, lora=True)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_lora(model: Path, tmp_path: Path, cache: Path, stage: int) -> None:
+    """Section 3.3: with a JSON file."""
+    config = tmp_path / "ds_config.json"
+    config.write_text(DS_CONFIG.replace('"stage": 2', f'"stage": {stage}'))
+    words = f"{LORA} --deepspeed {config}"
+    done = run(words, model, tmp_path / "out", cache, NPROC_PER_NODE="2")
+    assert "2 ranks = TP 1 x PP 1 x CP 1 x DP 2" in done.stdout
+    strategy = "optim_grads" if stage == 2 else "optim_grads_params"
+    assert f"data_parallel_sharding_strategy {strategy}\n" in done.stdout
+    assert_trained(done, model, tmp_path / "out", 5, lora=True)
+
+
+@pytest.mark.parametrize("fsdp", ["'full_shard auto_wrap'", "fsdp2"])
+def test_fsdp_full(model: Path, tmp_path: Path, cache: Path, fsdp: str) -> None:
+    """Section 3.4."""
+    words = f"{FULL} --fsdp {fsdp} --fsdp_transformer_layer_cls_to_wrap Qwen2DecoderLayer"
+    done = run(words, model, tmp_path / "out", cache, NPROC_PER_NODE="2")
+    assert "2 ranks = TP 1 x PP 1 x CP 1 x DP 2" in done.stdout
+    assert "data_parallel_sharding_strategy optim_grads_params\n" in done.stdout
+    assert_trained(done, model, tmp_path / "out", 5, lora=False)
 
 
 def test_two_nodes(model: Path, tmp_path: Path, cache: Path) -> None:

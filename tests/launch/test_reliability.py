@@ -54,11 +54,14 @@ def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
     raise AssertionError(process.communicate()[1])
 
 
-@pytest.mark.parametrize(("number", "ranks"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 1)])
+@pytest.mark.parametrize(
+    ("number", "ranks", "more"),
+    [(signal.SIGTERM, 2, ()), (signal.SIGUSR1, 1, ()), (signal.SIGTERM, 2, ("--fsdp", "full_shard"))],
+)
 def test_a_run_that_is_asked_to_stop_saves_and_can_go_on(
-    tiny_model: Path, cache: Path, tmp_path: Path, number: signal.Signals, ranks: int
+    tiny_model: Path, cache: Path, tmp_path: Path, number: signal.Signals, ranks: int, more: tuple[str, ...]
 ) -> None:
-    command, out = words(tiny_model, tmp_path, "--max_steps", "100000"), tmp_path / "out"
+    command, out = words(tiny_model, tmp_path, "--max_steps", "100000", *more), tmp_path / "out"
     process = start([*command, "--nproc_per_node", str(ranks)], cache)
     wait_for_step(process, out, 2)
     process.send_signal(number)
@@ -113,11 +116,13 @@ def poison(model: Path, value: float) -> None:
     save_file(weights, model / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_tensor(
-    model: Path, cache: Path, tmp_path: Path
+    model: Path, cache: Path, tmp_path: Path, stage: str
 ) -> None:
     poison(model, float("nan"))
-    run = braid(*words(model, tmp_path, "--max_steps", "3"), cache=cache, NPROC_PER_NODE="2")
+    command = words(model, tmp_path, "--max_steps", "3", "--deepspeed", stage)
+    run = braid(*command, cache=cache, NPROC_PER_NODE="2")
     assert run.code == 1
     (line,) = run.stderr.splitlines()
     assert "step 1: loss nan" in line
@@ -126,9 +131,12 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_the_tensor(
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-def test_skipping_leaves_the_weights_alone_and_counts(model: Path, cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("--deepspeed", "zero3", "--nproc_per_node", "2")])
+def test_skipping_leaves_the_weights_alone_and_counts(
+    model: Path, cache: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     poison(model, float("nan"))
-    run = braid(*words(model, tmp_path, "--max_steps", "3", "--nonfinite", "skip"), cache=cache)
+    run = braid(*words(model, tmp_path, "--max_steps", "3", "--nonfinite", "skip", *more), cache=cache)
     assert run.code == 0, run.stderr
     records = read_jsonl(tmp_path / "out" / "metrics.jsonl")
     assert [record["skipped_steps"] for record in records] == [1, 2, 3]

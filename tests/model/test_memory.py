@@ -88,6 +88,31 @@ def test_states_are_18_bytes_a_parameter_and_shared_by_data_parallel_ranks() -> 
     assert estimate(workload("qwen2.5-7b", dtype="float32"))[0].lasting == 16 * parameters
 
 
+@pytest.mark.parametrize(
+    ("strategy", "lasting", "gathered"),
+    [
+        # 12 bytes a parameter are shared, then 16, then all 18.
+        ("optim", 2 + 4 + 12 / 8, 0),
+        ("optim_grads", 2 + 16 / 8, 4 * 1.04e9),
+        ("optim_grads_params", 18 / 8, 4 * 1e9 + 2 * 5e8),
+    ],
+)
+def test_gradients_and_weights_are_shared_as_asked(strategy: str, lasting: float, gathered: float) -> None:
+    spec = spec_of_shape("qwen2.5-7b")
+    options = OptimizerOptions(data_parallel_sharding_strategy=strategy)  # type: ignore[arg-type]
+    (rank,) = estimate(workload("qwen2.5-7b", 8, optimizer=options))
+    assert rank.lasting == pytest.approx(lasting * spec.num_parameters())
+    if strategy == "optim_grads_params":
+        matrices = 2 * spec.vocab_size * spec.hidden_size + spec.hidden_size
+        layer = (spec.num_parameters() - matrices) / spec.num_layers
+        gathered += 2 * (matrices + layer) + 4 * layer
+    assert rank.gathered == pytest.approx(gathered)
+    assert rank.total > rank.lasting + rank.gathered
+    # A single rank has nobody to share with.
+    (alone,) = estimate(workload("qwen2.5-7b", optimizer=options))
+    assert (alone.lasting, alone.gathered) == (18 * spec.num_parameters(), 0)
+
+
 def test_stages_have_all_weights_and_a_copy_of_tied_embeddings() -> None:
     spec = spec_of_shape("qwen2.5-1.5b")
     stages = estimate(workload("qwen2.5-1.5b", 4, short={"pp": 4, "split": [5, 8, 8, 7]}))

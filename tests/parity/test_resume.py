@@ -47,9 +47,9 @@ class Runs:
         return output
 
 
-def losses(output: Path) -> dict[int, float]:
+def losses(output: Path, kind: str = "loss") -> dict[int, float]:
     records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record["loss"] for record in records}
+    return {record["step"]: record[kind] for record in records if kind in record}
 
 
 def weights(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:

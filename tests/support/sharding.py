@@ -26,17 +26,18 @@ def train_sharded(
     world_size: int,
     *,
     model_dir: str,
+    parallel: ParallelOptions,
     optimizer: OptimizerOptions,
     steps: Sequence[Sequence[EncodedRow]],
     learning_rate: float,
     **changes: Any,
 ) -> ShardedResult:
-    """Train data-parallel, one row a micro-batch; `changes` are further arguments of `open_run`."""
+    """Train under a layout, one row a micro-batch; `changes` are further arguments of `open_run`."""
     from engine.training.optimizer import set_learning_rate
     from engine.training.step import global_totals, train_step
 
     spec, platform, groups, models, optim = open_run(
-        rank, world_size, model_dir, ParallelOptions(), optimizer, **changes
+        rank, world_size, model_dir, parallel, optimizer, **changes
     )
     losses, norms = [], []
     for rows in steps:

@@ -263,6 +263,9 @@ def release(models: Sequence[Any]) -> None:
     model, and with it the threads of its gloo groups, alive in the reused workers.
     """
     for model in models:
+        if "rows" in vars(model):  # of Megatron-FSDP, which gathers ahead for a next step, and wraps twice
+            model.stop_communication()
+            vars(model.module).clear()
         vars(model).clear()
 
 
@@ -347,11 +350,12 @@ def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
     config, given = parse(SftConfig, argv)
     world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, started=True)
     blueprint = draw(config, world, adopted=adopt(config, given))
-    platform = open_platform(device="cpu", dtype="float32", transformer_impl="torch", local_rank=rank)
+    dtype = config.model.torch_dtype or "float32"
+    platform = open_platform(device="cpu", dtype=dtype, transformer_impl="torch", local_rank=rank)
     data = prepare_here(blueprint, world)
     groups = mcore.initialize(blueprint.layout, platform, seed=config.run.seed)
     train(blueprint, platform, groups, share_data(data, blueprint), exit_at_once, StopRequest())
     gc.collect()
     for found in gc.get_objects():
-        if type(found).__name__ == "DistributedDataParallel":
+        if type(found).__name__ in ("DistributedDataParallel", "Sharded"):
             release([found])

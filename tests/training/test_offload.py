@@ -9,6 +9,7 @@ import torch
 from engine.config.options import OptimizerOptions, ParallelOptions
 from engine.data.template import EncodedRow
 from engine.runtime import offload
+from engine.runtime.fsdp import local
 from tests.support.models import save_tiny_model
 from tests.support.training import loss_curve, open_run, random_rows, release
 from tests.support.workers import WorkerPool
@@ -39,14 +40,24 @@ def train(pool: WorkerPool, world_size: int, model_dir: str, dtype: str, **optio
 
 
 @pytest.mark.parametrize("fraction", [0.3, 1.0])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_bitwise_that_without_it(
-    workers: WorkerPool, model_dir: str, dtype: str, fraction: float
+@pytest.mark.parametrize(
+    ("dtype", "strategy"),
+    [("bfloat16", None), ("float16", None), ("bfloat16", "optim_grads"), ("float32", "optim_grads_params")],
+)
+def test_it_is_bitwise_that_without_it(
+    workers: WorkerPool, model_dir: str, dtype: str, strategy: str | None, fraction: float
 ) -> None:
     """On the CPU, where the update is the same kernel on the same numbers."""
-    plain = train(workers, 2, model_dir, dtype)
+    options = {"data_parallel_sharding_strategy": strategy}
+    plain = train(workers, 2, model_dir, dtype, **options)
     hosted = train(
-        workers, 2, model_dir, dtype, optimizer_cpu_offload=True, optimizer_offload_fraction=fraction
+        workers,
+        2,
+        model_dir,
+        dtype,
+        optimizer_cpu_offload=True,
+        optimizer_offload_fraction=fraction,
+        **options,
     )
     assert hosted == plain
     assert plain[0][-1] != plain[0][0]
@@ -85,6 +96,30 @@ def test_master_weights_on_the_host_have_no_memory_elsewhere(
         assert wanted <= found["hosted"] < wanted + found["largest"] + 1
         assert found["bytes"] == 4 * (found["elements"] - found["hosted"] + found["count"])
         assert found["unreadable"], "whoever reads one must notice"
+
+
+def whats_left_of_rows(rank: int, world_size: int, *, model_dir: str) -> tuple[int, bool]:
+    _, _, _, models, optimizer = open_run(
+        rank,
+        world_size,
+        model_dir,
+        ParallelOptions(),
+        OptimizerOptions(optimizer_cpu_offload=True, data_parallel_sharding_strategy="optim_grads_params"),
+        dtype="bfloat16",
+    )
+    (part,) = optimizer.chained_optimizers
+    mains = [local(main.detach()) for group in part.optimizer.param_groups for main in group["params"]]
+    found = (
+        sum(main.untyped_storage().nbytes() for main in mains) - 4 * len(mains),
+        all(bool(main.isnan().all()) for main in mains),
+    )
+    release(models)
+    return found
+
+
+def test_rows_on_the_host_have_no_memory_elsewhere(workers: WorkerPool, model_dir: str) -> None:
+    """Those of Megatron-FSDP; whoever reads one must notice."""
+    assert workers.run(whats_left_of_rows, 2, model_dir=model_dir) == [(0, True)] * 2
 
 
 @pytest.mark.parametrize("device", DEVICES)
