@@ -69,7 +69,7 @@ def _of(place: Projection, rank: int) -> Iterator[Weight]:
         ("lora_B", (place.out_features, rank), not place.row_parallel),
     ):
         name = adapter_name(place.layer, f"{place.linear}.{place.name}_{kind}")
-        tensor = HfTensor(name=f"{_HF_PREFIX}{place.module}.{kind}.weight", shape=size)
+        tensor = HfTensor(name=f"{_HF_PREFIX}{place.linear_module}.{kind}.weight", shape=size)
         axis = 1 if kind == "lora_A" else 0
         yield Sharded(name=name, hf=(tensor,), axis=axis) if cut else Replicated(name=name, hf=(tensor,))
 

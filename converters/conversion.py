@@ -1,6 +1,7 @@
 """A conversion of any kind: what is read, which files it becomes, and carrying that out."""
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from converters.source import Source
-from converters.stage import clear_leftovers, staged_directory, wait_for
+from converters.stage import clear_leftovers, stage_for, staged_directory, wait_for
 from converters.transfer import (
     RECORDS_DIR,
     FileRecord,
@@ -18,7 +19,7 @@ from converters.transfer import (
     read_record,
     write_files,
 )
-from engine.errors import CheckpointError
+from engine.errors import CheckpointError, OutputError
 from engine.storage.files import check_free_space, dtype_name
 from engine.storage.manifest import (
     FileEntry,
@@ -107,9 +108,7 @@ def carry_out(
             if crew.size == 1:  # otherwise others may be writing
                 clear_leftovers(stage, conversion.files)
             if crew.rank == 0:
-                there = sum(file.nbytes for file in conversion.files if read_record(stage, file) is not None)
-                needed = sum(file.nbytes for file in conversion.files) - there + _SMALL_FILES
-                check_free_space(stage.parent, needed)
+                check_free_space(stage.parent, _needed(conversion, stage))
             write_files(conversion.files, stage, conversion.source, options)
             if crew.rank == 0:
                 wait_for(conversion.files, stage, crew)
@@ -123,6 +122,24 @@ def carry_out(
         bytes=conversion.nbytes,
         seconds=time.monotonic() - started,
     )
+
+
+def check_output(conversion: Conversion, output_dir: str | Path) -> int:
+    """Raise OutputError for a target that `carry_out` would refuse before it writes; the bytes that it would
+    write, without what an interrupted conversion has left.
+    """
+    stage = stage_for(output_dir, plan=conversion.digest())
+    home = next(place for place in stage.parents if place.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise OutputError(f"{output_dir} cannot be written: {home} is no directory to write in")
+    needed = _needed(conversion, stage)
+    check_free_space(home, needed)
+    return needed
+
+
+def _needed(conversion: Conversion, stage: Path) -> int:
+    missing = (file.nbytes for file in conversion.files if read_record(stage, file) is None)
+    return sum(missing) + _SMALL_FILES
 
 
 def _is_done(target: Path, plan: str) -> bool:

@@ -164,7 +164,8 @@ def _deltas(spec: ModelSpec, adapter: PeftAdapter) -> Mapping[str, _Delta]:
         names = (adapter_name(place.layer, f"{place.linear}.{place.name}_{k}") for k in ("lora_A", "lora_B"))
         a, b = (adapter.weights[name].hf[0].name for name in names)
         delta = _Delta(a=a, b=b, scaling=shape.scaling)
-        deltas |= {f"{place.module}.weight": delta} if place.experts is None else _of_experts(place, delta)
+        own = {f"{place.linear_module}.weight": delta}
+        deltas |= own if place.experts is None else _of_experts(place, delta)
     return deltas
 
 

@@ -28,6 +28,12 @@ _POLL_SECONDS = 0.1
 _BEGAN = psutil.Process().create_time()
 _SLACK_SECONDS = 30.0
 """Between the starts of a job's processes, and between their clocks."""
+_LAST_WORD_SECONDS = 2.0
+"""In which a shared disk shows what a rank wrote last, and a launcher says better how it ended."""
+
+
+class RankGoneError(OutputError):
+    """A rank ended without a word. What is finished stays for the next attempt, as after an interruption."""
 
 
 @contextmanager
@@ -41,11 +47,8 @@ def staged_directory(final: str | Path, *, plan: str, crew: Crew) -> Iterator[Pa
     """
     target = Path(final).resolve()
     with _output_errors(target):
-        _check_free(target, final)
-        # A mount point cannot be replaced; the working directory should not be pulled from under the user.
-        nested = target.is_dir() and (os.path.ismount(target) or target == Path.cwd())
-        home = target if nested else target.parent
-        stage = home / f".{target.name}.partial-{plan[:_PLAN_DIGITS]}"
+        stage = stage_for(final, plan=plan)
+        home, nested = stage.parent, stage.parent == target
         _make(stage)
         with _lock(stage, final, shared=crew.size > 1):
             if crew.rank == 0:
@@ -53,16 +56,27 @@ def staged_directory(final: str | Path, *, plan: str, crew: Crew) -> Iterator[Pa
             else:
                 _note(stage, crew.rank).unlink(missing_ok=True)  # of an earlier start
             try:
-                yield stage
-            except (KeyboardInterrupt, SystemExit):
+                with _presence(stage, crew):
+                    yield stage
+                    if crew.rank:
+                        _leave_note(stage, crew, error=None)
+            except (KeyboardInterrupt, SystemExit, RankGoneError):
                 raise
             except BaseException as error:
                 _give_up(stage, crew, error)
                 raise
             if crew.rank == 0:
                 _publish(stage, target, nested=nested)
-            else:
-                _leave_note(stage, crew, error=None)
+
+
+def stage_for(final: str | Path, *, plan: str) -> Path:
+    """Where `final` would be staged. Raises OutputError if it exists and is not an empty directory."""
+    target = Path(final).resolve()
+    _check_free(target, final)
+    # A mount point cannot be replaced; the working directory should not be pulled from under the user.
+    nested = target.is_dir() and (os.path.ismount(target) or target == Path.cwd())
+    home = target if nested else target.parent
+    return home / f".{target.name}.partial-{plan[:_PLAN_DIGITS]}"
 
 
 def _check_free(target: Path, final: str | Path) -> None:
@@ -131,15 +145,56 @@ def _leave_note(stage: Path, crew: Crew, *, error: str | None) -> None:
     _note(stage, crew.rank).write_text(json.dumps(note), encoding="utf-8")
 
 
+def _presence_file(stage: Path, rank: int) -> Path:
+    """Locked by a rank as long as it is at work."""
+    return stage / RECORDS_DIR / f"rank-{rank}.lock"
+
+
+@contextmanager
+def _presence(stage: Path, crew: Crew) -> Iterator[None]:
+    """By the lock rank 0 knows whether this rank lives. A file system without locks does without."""
+    if crew.rank == 0:
+        yield
+        return
+    with open(_presence_file(stage, crew.rank), "ab") as file:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+            file.write(json.dumps({"run": crew.run, "time": time.time()}).encode())
+            file.flush()
+        yield
+
+
+def _is_gone(stage: Path, rank: int, crew: Crew) -> bool:
+    """Whether a rank has been at work in this start of the job, and is there no longer."""
+    try:
+        with open(_presence_file(stage, rank), "rb") as file:
+            came = json.loads(file.read())
+            if came["run"] != crew.run or came["time"] < _BEGAN - _SLACK_SECONDS:
+                return False
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (OSError, ValueError):  # it has not come, is at work, or there are no locks
+        return False
+    return True
+
+
 def wait_for(files: Sequence[OutputFile], stage: Path, crew: Crew) -> None:
     """On rank 0, until the others have left and their files are there. Raises OutputError when one of them
-    failed.
+    failed, and RankGoneError when one of them ended without a word.
 
     A rank without files is waited for as well: it may not have come yet, and the directory is about to go.
     """
     missing, others = list(files), list(range(1, crew.size))
+    gone: dict[int, float] = {}
     while True:
         others = [rank for rank in others if not _has_left(stage, rank, crew)]
+        gone = {r: gone.get(r, time.monotonic()) for r in others if _is_gone(stage, r, crew)}
+        for rank, since in gone.items():
+            if time.monotonic() - since > _LAST_WORD_SECONDS:
+                raise RankGoneError(
+                    f"rank {rank} ended without a word; see what ended it, and run the command again: it "
+                    f"goes on with what is finished"
+                )
         missing = [file for file in missing if read_record(stage, file) is None]
         if not others and not missing:
             return

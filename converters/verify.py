@@ -183,7 +183,7 @@ def verify(model_dir: str | Path, other_dir: str | Path, *, workers: int = 1) ->
     spec = load_model_spec(model)
     weights, reader = weight_map(spec), HfReader(model)
     check_weights(reader, weights)
-    config = _config_differences(spec, other)
+    config = config_differences(spec, other)
     compare = _against_mcore if is_dist_checkpoint(other) else _against_hf
     jobs = list(compare(reader, weights, other))
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
@@ -191,9 +191,9 @@ def verify(model_dir: str | Path, other_dir: str | Path, *, workers: int = 1) ->
     return VerifyReport(model=model, other=other, tensors=tensors, config=config)
 
 
-def _config_differences(spec: ModelSpec, other: Path) -> tuple[str, ...]:
-    """A checkpoint of another program has no configuration to compare; a Hugging Face directory must have
-    one.
+def config_differences(spec: ModelSpec, other: Path) -> tuple[str, ...]:
+    """What `VerifyReport.config` has, without a look at weights. A checkpoint of another program has no
+    configuration to compare; a Hugging Face directory must have one.
     """
     directory = config_dir_of(other)
     if is_dist_checkpoint(other) and not directory.is_dir():

@@ -9,14 +9,17 @@ from pathlib import Path
 
 from engine.config.adoption import Adoption
 from engine.config.batch import BatchShape, resolve_batch_shape
+from engine.config.device import check_layers
 from engine.config.options import BatchOptions, LoraOptions, MoeOptions, SftConfig
 from engine.config.parallel import ParallelLayout
 from engine.config.parse import flatten
-from engine.config.recompute import check_recompute
+from engine.config.recompute import MLP_ACTIVATION, check_recompute
 from engine.errors import CheckpointError, ConfigError, OutputError
 from engine.model.lora_spec import LoraSpec, lora_from_options, read_lora_config
 from engine.model.spec import ModelSpec, load_model_spec
 from launch.disk import check_room, nearest
+from launch.gpu import may_have_te
+from launch.models import locate
 from launch.processes import World, command_began, restart_count
 
 REPORTERS = ("tensorboard", "wandb", "swanlab", "mlflow", "none")
@@ -63,8 +66,7 @@ class Blueprint:
         return "\n".join(
             [
                 *adopted,
-                f"model: {self.model_dir} ({spec.architecture}, {spec.num_parameters() / 1e6:,.1f} M "
-                f"parameters, {spec.num_layers} layers)",
+                f"model: {self.model_dir} ({spec.summary()})",
                 *adapter,
                 f"layout: {self.layout.summary()}",
                 self.layout.grid(),
@@ -78,7 +80,6 @@ def draw(
     """Check all settings against each other and the model; `damaged` are checkpoints not to resume from,
     `adopted` is what `adopt` took over. Raises UserError; imports neither torch nor Megatron.
     """
-    from engine.data.hub import find_model
     from engine.data.prepare import check_options
     from engine.training.resume import TrainerState, resolve_resume
 
@@ -95,7 +96,7 @@ def draw(
     check_options(config.data)
     if config.data.streaming and config.batch.max_steps is None:
         raise ConfigError("streaming needs max_steps: how many rows will come is not known")
-    model_dir = find_model(options.model, use_hf=config.data.use_hf)
+    model_dir = locate(options.model, use_hf=config.data.use_hf, world=world)
     spec = load_model_spec(model_dir)
     layout = lay_out(config, spec, world.size)
     if adopted is not None:
@@ -195,6 +196,11 @@ def draw_lora(config: SftConfig, spec: ModelSpec, layout: ParallelLayout) -> Lor
     if options.adapter is not None:
         lora = _lora_of(options.adapter, lora, changed)
     lora.check(spec)
+    if lora.lora_dropout and MLP_ACTIVATION in config.recompute.recompute_modules:
+        raise ConfigError(
+            f"recompute_modules '{MLP_ACTIVATION}' does nothing with lora_dropout {lora.lora_dropout:g}: "
+            f"every adapter keeps an input of its own; leave it out, or set lora_dropout to 0"
+        )
     targets = [place for place, _ in lora.targets(spec)]
     if layout.etp > 1 and any(place.experts for place in targets):
         raise ConfigError(
@@ -213,8 +219,8 @@ def draw_lora(config: SftConfig, spec: ModelSpec, layout: ParallelLayout) -> Lor
 
 
 def _would_drop(options: LoraOptions, spec: ModelSpec) -> bool:
-    """Whether the default dropout would hinder adapters of experts, which know none."""
-    return options.adapter is None and lora_from_options(options).adapts_experts(spec)
+    """Whether the default dropout would hinder adapters of experts and their like, which know none."""
+    return options.adapter is None and lora_from_options(options).adapts_parameters(spec)
 
 
 def _lora_of(adapter: str, asked: LoraSpec, changed: Sequence[str]) -> LoraSpec:
@@ -274,9 +280,14 @@ def check_ranges(config: SftConfig) -> None:
             raise ConfigError(f"{name} must be in [0, 1), not {values[name]}")
     _check_stored_moments(config)
     options = config.model
-    on_gpu_with_te = options.transformer_impl != "torch" and options.device != "cpu"
-    may_have_te = on_gpu_with_te and find_spec("transformer_engine") is not None
-    check_recompute(config.recompute, has_te=may_have_te, fp8_recipe=options.fp8_recipe)
+    has_te, lora = may_have_te(options, dry_run=config.run.dry_run), options.train_type == "lora"
+    check_layers(
+        transformer_impl=options.transformer_impl,
+        fp8_recipe=options.fp8_recipe,
+        on_cuda=options.device != "cpu",
+        te_installed=has_te,
+    )
+    check_recompute(config.recompute, has_te=has_te, fp8_recipe=options.fp8_recipe, lora=lora)
     if not 0 <= values["warmup_ratio"] <= 1:
         raise ConfigError(f"warmup_ratio must be in [0, 1], not {values['warmup_ratio']}")
     if not 0 <= values["seed"] < 2**32:

@@ -3,13 +3,16 @@
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from engine.config.parse import help_text, parse
 from engine.errors import ConfigError, ModelError, first_line
+
+if TYPE_CHECKING:
+    from engine.model.spec import ModelSpec
 
 _USAGE = """usage: braid chat --model DIR [--adapter DIR] [--system TEXT]
 
@@ -51,6 +54,9 @@ class ChatOptions:
     use_hf: bool | None = None
     """Look an id up at Hugging Face, or (false) at ModelScope."""
 
+    dry_run: bool = False
+    """Check the model and its tokenizer, print what would be loaded, and stop."""
+
 
 def chat(argv: Sequence[str]) -> int:
     """The command: 0 when the conversation is over. Raises UserError."""
@@ -64,12 +70,26 @@ def chat(argv: Sequence[str]) -> int:
         raise ConfigError(f"max_new_tokens must be at least 1, not {options.max_new_tokens}")
     if options.temperature is not None and not 0 <= options.temperature < float("inf"):
         raise ConfigError(f"temperature must not be negative, not {options.temperature}")
+    if options.dry_run:
+        return _dry_run(options)
     conversation = Conversation(options)
     for line in _lines(conversation):
         try:
             conversation.ask(line)
         except KeyboardInterrupt:
             print("\n(stopped)")
+    return 0
+
+
+def _dry_run(options: ChatOptions) -> int:
+    import yaml
+
+    model, adapter = places(options.model or "", options.adapter, use_hf=options.use_hf)
+    spec, _ = description(model)
+    print(yaml.safe_dump(vars(options), sort_keys=False, allow_unicode=True), end="")
+    print(f"model: {model} ({spec.summary()})")
+    if adapter is not None:
+        print(f"adapter: {adapter}")
     return 0
 
 
@@ -101,7 +121,9 @@ class Conversation:
         torch.manual_seed(options.seed)
         self.options = options
         model, adapter = places(options.model or "", options.adapter, use_hf=options.use_hf)
-        self.model, self.tokenizer = load(model, adapter, options)
+        self.model, self.tokenizer = load(
+            model, adapter, torch_dtype=options.torch_dtype, device=options.device
+        )
         self.messages: list[dict[str, str]] = []
         self.clear()
 
@@ -115,10 +137,7 @@ class Conversation:
         from transformers import TextStreamer
 
         asked = [*self.messages, {"role": "user", "content": question}]
-        prompt = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        inputs = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-        inputs.pop("token_type_ids", None)
-        inputs = inputs.to(self.model.device)
+        inputs = prompts(self.tokenizer, [asked]).to(self.model.device)
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         settings: dict[str, Any] = {"max_new_tokens": self.options.max_new_tokens}
         if self.options.temperature is not None:
@@ -149,27 +168,23 @@ def places(model: str, adapter: str | None, *, use_hf: bool | None) -> tuple[str
     return find_model(model, use_hf=use_hf), adapter
 
 
-def load(model: str, adapter: str | None, options: ChatOptions) -> tuple[Any, Any]:
-    """Model and tokenizer. Raises UserError for what transformers or PEFT cannot load."""
+def load(
+    model: str, adapter: str | None, *, torch_dtype: str = "auto", device: str = "auto"
+) -> tuple[Any, Any]:
+    """Model and tokenizer; words are those of `ChatOptions`. Raises UserError for what transformers or PEFT
+    cannot load.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from engine.data.prepare import load_tokenizer
-    from engine.model.spec import load_model_spec
-
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    load_model_spec(model)
-    tokenizer = load_tokenizer(model)
-    if tokenizer.chat_template is None:
-        raise ModelError(f"the tokenizer of {model} has no chat template; take that of an Instruct model")
-    cuda = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    _, tokenizer = description(model)
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if cuda and not torch.cuda.is_available():
         raise ConfigError("device cuda: torch sees no GPU here; pass --device cpu")
-    dtype = options.torch_dtype
-    if dtype == "auto" and not cuda:
-        dtype = "float32"
+    dtype = "float32" if torch_dtype == "auto" and not cuda else torch_dtype
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, local_files_only=True)
         if adapter is not None:
@@ -177,6 +192,30 @@ def load(model: str, adapter: str | None, options: ChatOptions) -> tuple[Any, An
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{adapter or model} cannot be loaded: {first_line(error)}") from error
     return loaded.to("cuda" if cuda else "cpu").eval(), tokenizer
+
+
+def description(model: str) -> tuple["ModelSpec", Any]:
+    """What a directory says of its model, and its tokenizer. Raises UserError for one that cannot talk."""
+    from engine.data.prepare import load_tokenizer
+    from engine.model.spec import load_model_spec
+
+    spec, tokenizer = load_model_spec(model), load_tokenizer(model)
+    if tokenizer.chat_template is None:
+        raise ModelError(f"the tokenizer of {model} has no chat template; take that of an Instruct model")
+    return spec, tokenizer
+
+
+def prompts(tokenizer: Any, conversations: Sequence[Sequence[Mapping[str, str]]]) -> Any:
+    """Tokens of conversations up to the answer that is to come; shorter ones are padded on the left."""
+    texts = [
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for messages in conversations
+    ]
+    inputs = tokenizer(
+        texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left", add_special_tokens=False
+    )
+    inputs.pop("token_type_ids", None)
+    return inputs
 
 
 def _with_adapter(model: Any, adapter: str) -> Any:

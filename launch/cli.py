@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from engine.errors import ConfigError, UserError
+from launch.pipe import CLOSED, let_go, reader_has_gone
 
 USAGE = """usage: braid COMMAND [--config FILE.yaml] [--flag value ...]
 
@@ -27,10 +28,21 @@ start several processes; under torchrun or Slurm the same command is the worker.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 good, 1 failed, 2 the user can mend it (one line says
-    how).
+    """Run a command and return its exit code: 0 good, 1 failed, 2 the user can mend it (one line says how),
+    141 nobody reads what it prints.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except (BrokenPipeError, SystemExit) as error:
+        if not reader_has_gone(error):
+            raise
+        let_go()
+        return CLOSED
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if words else 2
@@ -97,7 +109,6 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
 def run() -> None:
     """Entry point of the console script and of `python -m launch.cli`."""
     code = main()
-    sys.stdout.flush()
     sys.stderr.flush()
     if os.environ.get("RANK"):
         # A worker has nothing left to do; daemon threads of gloo or NCCL can hold up an ordinary exit.

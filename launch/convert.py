@@ -5,16 +5,26 @@ import os
 import re
 import shlex
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from engine.config.options import LaunchOptions, ParallelOptions
 from engine.config.parallel import ParallelLayout
 from engine.config.parse import help_text, parse
 from engine.errors import ConfigError
-from launch.processes import World, find_world
+from launch.models import locate
+from launch.processes import (
+    World,
+    find_world,
+    launch_environment,
+    run_worker,
+    start_processes,
+    started_by_braid,
+)
 
 if TYPE_CHECKING:
     from converters.conversion import Conversion
@@ -72,11 +82,16 @@ class LayoutOptions:
 class ConvertOptions:
     """Flags of `braid convert`."""
 
+    left_out: ClassVar[tuple[str, ...]] = ("max_restarts",)
+
     to: Literal["mcore", "hf"] | None = None
     """Direction: a Megatron checkpoint, or a Hugging Face directory."""
 
     model: str | None = None
-    """Hugging Face directory to read (with --to mcore)."""
+    """Hugging Face directory to read, or the id of a model (with --to mcore)."""
+
+    use_hf: bool | None = None
+    """Look an id up at Hugging Face, or (false) at ModelScope."""
 
     adapter: str | None = None
     """PEFT LoRA adapter of --model: converts the adapter instead of the model (with --to mcore)."""
@@ -91,19 +106,26 @@ class ConvertOptions:
 
     output: OutputOptions = field(default_factory=OutputOptions)
     layout: LayoutOptions = field(default_factory=LayoutOptions)
+    launch: LaunchOptions = field(default_factory=LaunchOptions)
 
 
 @dataclass(kw_only=True)
 class MergeOptions:
     """Flags of `braid merge`."""
 
+    left_out: ClassVar[tuple[str, ...]] = ("max_restarts",)
+
     model: str | None = None
-    """Hugging Face directory of the base; it is not changed."""
+    """Hugging Face directory of the base, or its id; it is not changed."""
+
+    use_hf: bool | None = None
+    """Look an id up at Hugging Face, or (false) at ModelScope."""
 
     adapter: str | None = None
     """PEFT LoRA adapter of that base."""
 
     output: OutputOptions = field(default_factory=OutputOptions)
+    launch: LaunchOptions = field(default_factory=LaunchOptions)
 
 
 def convert(argv: Sequence[str]) -> int:
@@ -111,9 +133,10 @@ def convert(argv: Sequence[str]) -> int:
     if "--help" in argv or "-h" in argv:
         print("usage: braid convert --to mcore|hf [--flag value ...]\n" + help_text(ConvertOptions))
         return 0
-    options, given = parse(ConvertOptions, argv)
+    options, given = parse(ConvertOptions, argv, launch_environment())
     if options.to is None:
         raise ConfigError("no direction given; pass --to mcore or --to hf")
+    models: dict[str, str] = {}
     source, other = ("model", "checkpoint") if options.to == "mcore" else ("checkpoint", "model")
     if getattr(options, source) is None:
         raise ConfigError(f"--to {options.to} reads --{source}; pass it")
@@ -122,14 +145,17 @@ def convert(argv: Sequence[str]) -> int:
     if options.to == "mcore":
         if options.dequantise and options.adapter is not None:
             raise ConfigError("--dequantise does not go with --adapter; it is for the weights of a model")
-        _check_layout(options)
         if "max_shard_size" in given:
             raise ConfigError("max_shard_size does not go with --to mcore; it is for safetensors files")
+        models = {str(options.model): locate(str(options.model), use_hf=options.use_hf)}
+        options.model = models[str(options.model)]
+        _check_layout(options)
     elif options.adapter is not None:
         raise ConfigError("--adapter does not go with --to hf; a checkpoint knows what it holds")
     elif options.dequantise:
         raise ConfigError("--dequantise does not go with --to hf; a Megatron checkpoint is never fp8")
-    return _run(lambda: _plan(options, given), options.output, ["convert", *argv])
+    job = _Job(words=["convert", *argv], output=options.output, launch=options.launch, models=models)
+    return _run(lambda: _plan(options, given), lambda: _about(options), job)
 
 
 def _plan(options: ConvertOptions, given: set[str]) -> "Conversion":
@@ -161,45 +187,77 @@ def merge(argv: Sequence[str]) -> int:
             + help_text(MergeOptions)
         )
         return 0
-    options, _ = parse(MergeOptions, argv)
+    options, _ = parse(MergeOptions, argv, launch_environment())
     if options.model is None or options.adapter is None:
         raise ConfigError("merge adds --adapter DIR to --model DIR; pass both")
-    model, adapter, output = options.model, options.adapter, options.output
+    model, adapter, output = locate(options.model, use_hf=options.use_hf), options.adapter, options.output
 
     def plan() -> "Conversion":
         from converters.merge import plan_merge
 
         return plan_merge(model, adapter, dtype=_dtype(output), max_shard_size=_shard_size(output))
 
-    return _run(plan, output, ["merge", *argv])
+    job = _Job(words=["merge", *argv], output=output, launch=options.launch, models={options.model: model})
+    return _run(plan, lambda: [_model_line(model)], job)
 
 
-def _run(plan: Callable[[], "Conversion"], output: OutputOptions, words: Sequence[str]) -> int:
-    """Plan, and write or print the plan. Every process of a torchrun or Slurm job takes its share."""
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A conversion, whatever it is of."""
+
+    words: Sequence[str]
+    """The command line, behind `braid`."""
+    output: OutputOptions
+    launch: LaunchOptions
+    models: Mapping[str, str]
+    """Directories of models, by the names that they were asked for by."""
+
+
+def _run(plan: Callable[[], "Conversion"], about: Callable[[], Sequence[str]], job: _Job) -> int:
+    """Plan, and write, or print the plan behind what there is to say `about` its source. Every process of the
+    job takes its share.
+    """
+    began, output = time.monotonic(), job.output
     if output.output_dir is None:
         raise ConfigError("no output directory given; pass --output_dir DIR")
-    world = find_world(LaunchOptions())
+    world = find_world(job.launch, job.words[0])
     options = _transfer_options(output, world)
-    conversion = plan()
     if output.dry_run:
         if world.rank == 0:
-            _print_plan(conversion, options, output.output_dir)
+            _print_plan(plan(), options, output.output_dir, about())
         return 0
+    if world.size > 1 and not world.started:
+        plan()  # what is wrong with the source is said before any process starts
+        return start_processes(job.launch, world, job.words, began=began, models=job.models)
+    work = partial(_write, plan, output.output_dir, options, world, job.words)
+    if world.started and started_by_braid():  # which says what the first rank that failed said
+        return run_worker(world, work, lambda: "")
+    work()
+    return 0
+
+
+def _write(
+    plan: Callable[[], "Conversion"],
+    output_dir: str,
+    options: "TransferOptions",
+    world: World,
+    words: Sequence[str],
+) -> None:
     from dataclasses import replace
 
     from converters.conversion import carry_out
 
+    conversion = plan()
     share = sum(file.nbytes for file in conversion.files)
     with _progress(share if world.size == 1 else 0) as progress:
         report = carry_out(
             conversion,
-            output.output_dir,
+            output_dir,
             options=replace(options, progress=progress),
             command=shlex.join(["braid", *words]),
         )
     if world.rank == 0:
         print(report.line())
-    return 0
 
 
 def worker_count(asked: int | None) -> int:
@@ -232,13 +290,21 @@ def _transfer_options(output: OutputOptions, world: World) -> "TransferOptions":
     return TransferOptions(workers=workers, max_memory=memory, crew=crew)
 
 
-def _print_plan(conversion: "Conversion", options: "TransferOptions", output_dir: str) -> None:
+def _print_plan(
+    conversion: "Conversion", options: "TransferOptions", output_dir: str, about: Sequence[str]
+) -> None:
+    """Raises OutputError for what the conversion would refuse of its target."""
     import shutil
     from pathlib import Path
 
     from rich.console import Console
     from rich.table import Table
 
+    from converters.conversion import check_output
+
+    needed = check_output(conversion, output_dir)
+    for line in about:
+        print(line)
     table = Table(title=f"{output_dir} ({conversion.kind})")
     table.add_column("file")
     table.add_column("GB", justify="right")
@@ -249,8 +315,10 @@ def _print_plan(conversion: "Conversion", options: "TransferOptions", output_dir
     print(
         f"{conversion.tensors} tensors, {conversion.nbytes / 1e9:.3f} GB, read from "
         f"{conversion.source.directory}\n"
-        f"{shutil.disk_usage(place).free / 1e9:.3f} GB free on {place}; {options.workers} workers hold at "
-        f"most {options.max_memory / 1e6:.0f} MB of tensors; nothing was written"
+        f"{shutil.disk_usage(place).free / 1e9:.3f} GB free on {place}, {needed / 1e9:.3f} GB needed; "
+        f"{options.workers} workers hold at most {options.max_memory / 1e6:.0f} MB of tensors\n"
+        f"checked: configuration, names and shapes of all tensors, output directory and room; nothing was "
+        f"written"
     )
 
 
@@ -276,7 +344,24 @@ def _progress(total: int) -> Iterator[Callable[[int], None] | None]:
         yield advance
 
 
-def _check_layout(options: ConvertOptions) -> None:
+def _about(options: ConvertOptions) -> list[str]:
+    """What is converted, and the layout that it was checked for."""
+    from converters.mcore.companions import COMPANIONS_DIR
+
+    if options.to == "hf":
+        return [_model_line(options.checkpoint or "", COMPANIONS_DIR)]
+    layout = _check_layout(options)
+    model = _model_line(options.model or "", fp8=options.dequantise)
+    return [model, f"layout: {layout.summary()}", layout.grid()]
+
+
+def _model_line(directory: str, below: str = "", *, fp8: bool = False) -> str:
+    from engine.model.spec import load_model_spec
+
+    return f"model: {directory} ({load_model_spec(os.path.join(directory, below), fp8=fp8).summary()})"
+
+
+def _check_layout(options: ConvertOptions) -> ParallelLayout:
     """A layout that the model cannot take is refused here, not when the run that needs it starts."""
     from engine.model.spec import load_model_spec
 
@@ -295,6 +380,7 @@ def _check_layout(options: ConvertOptions) -> None:
     resolved = ParallelLayout.resolve(degrees, num_layers=spec.num_layers, world_size=ranks)
     spec.check_tensor_parallel(resolved.tp)
     spec.check_expert_parallel(resolved.ep, resolved.etp)
+    return resolved
 
 
 def _dtype(output: OutputOptions) -> Any:

@@ -1,7 +1,6 @@
 """`braid data`: flags, what is worth a look, and the object that `--json` prints."""
 
 import json
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +44,9 @@ class ReportOptions:
     json: bool = False
     """Print one JSON object instead of tables."""
 
+    dry_run: bool = False
+    """Check options, tokenizer and chat template, print the options and the files, and read no row."""
+
 
 @dataclass(kw_only=True)
 class DataConfig:
@@ -72,6 +74,9 @@ def data(argv: Sequence[str]) -> int:
 
     assert options.model is not None
     options.model = find_model(options.model, use_hf=config.data.use_hf)
+    if options.dry_run:
+        _dry_run(config)
+        return 0
     found = survey(config.data, options.model, seed=options.seed, samples=options.samples)
     remarks = list(findings(found, config))
     record = as_record(found, config, remarks)
@@ -82,18 +87,38 @@ def data(argv: Sequence[str]) -> int:
             from launch.data_report import show
 
             show(found, config.data, remarks)
-    except (BrokenPipeError, SystemExit):  # `| head` has had enough, of which rich makes an exit
-        # What is still buffered must not fail later.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if options.output_dir is not None:
-        _write(found, config, remarks, record, Path(options.output_dir), shlex.join(["braid", "data", *argv]))
+    finally:  # whether or not `| head` has had enough
+        if options.output_dir is not None:
+            command = shlex.join(["braid", "data", *argv])
+            _write(found, config, remarks, record, Path(options.output_dir), command)
     return 0
+
+
+def _dry_run(config: DataConfig) -> None:
+    """Raises UserError for what is wrong with the tokenizer, or a file that is not there."""
+    import yaml
+
+    from engine.data.prepare import load_tokenizer
+    from engine.data.sources import sizes_of
+    from engine.data.template import ChatTemplate
+    from launch.inspect import size_text
+
+    ChatTemplate(load_tokenizer(str(config.report.model)))
+    found = [(name, sizes_of(name)) for name in (*config.data.dataset, *config.data.val_dataset)]
+    print(yaml.safe_dump(flatten(config), sort_keys=False, allow_unicode=True), end="")
+    for name, sizes in found:
+        if sizes is None:
+            print(f"data set {name}: an id, not looked up")
+            continue
+        for path, size in sizes.items():
+            print(f"data set {name}: {path}, {size_text(size)}")
+    print("no row was read")
 
 
 def read_options(argv: Sequence[str]) -> DataConfig:
     """Flags, over what a YAML file says, which may be made for `braid sft`. Raises ConfigError.
 
-    Such a file's output_dir is where the run will write, so it is not taken.
+    Such a file's output_dir is where the run will write, and its dry_run is the run's, so they are not taken.
     """
     words, file = _without_config(argv)
     config, given = parse(DataConfig, words)
@@ -101,7 +126,7 @@ def read_options(argv: Sequence[str]) -> DataConfig:
         return config
     training, written = parse(SftConfig, ["--config", file])
     flat, flags = flatten(training), flatten(config)
-    taken = (written & set(options_of(DataConfig))) - {"output_dir"} - given
+    taken = (written & set(options_of(DataConfig))) - {"output_dir", "dry_run"} - given
     return build(DataConfig, {name: flat[name] for name in taken} | {name: flags[name] for name in given})
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import cli
+from launch.chat import load, prompts
 from launch.tiny import DATA_DIR, build_tiny_qwen3, read_messages
 
 OUTPUT = Path("out/demo")
@@ -55,23 +56,9 @@ def answer(
 ) -> list[str]:
     """Greedy answers of a checkpoint by transformers alone; of a base with `adapter`, by PEFT."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
-    model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32)
-    if adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(adapter))
-    tokenizer.padding_side = "left"
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True
-        )
-        for q in questions
-    ]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-    inputs.pop("token_type_ids", None)
+    model, tokenizer = load(str(model_dir), None if adapter is None else str(adapter), device="cpu")
+    inputs = prompts(tokenizer, [[{"role": "user", "content": question}] for question in questions])
     with torch.no_grad():
         output = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id

@@ -1,14 +1,13 @@
 """`braid inspect`: flags, and the report that it prints."""
 
 import json
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.config.parse import help_text, parse
 from engine.errors import ConfigError
+from launch.models import locate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
 _USAGE = """usage: braid inspect PATH [--flag value ...]
 
 PATH is a Megatron checkpoint (converted, checkpoint-<step> of a run, LoRA adapters, or another program's), a
-Hugging Face directory or a PEFT adapter. Descriptions and sizes are read, no tensor is. Exit code 0: all of
-it is there, 1: something is missing or damaged, 2: it cannot be read.
+Hugging Face directory, or the id of one, or a PEFT adapter. Descriptions and sizes are read, no tensor is.
+Exit code 0: all of it is there, 1: something is missing or damaged, 2: it cannot be read.
 """
 _SWITCHES = ("--json", "--tensors", "--files")
 _YES_OR_NO = ("true", "false", "1", "0", "yes", "no")
-_KINDS = {
+KINDS = {
     "converted": "Megatron checkpoint (torch_dist), converted by braid",
     "training": "Megatron checkpoint (torch_dist) of a braid run",
     "adapter": "Megatron checkpoint (torch_dist) of LoRA adapters",
@@ -51,6 +50,9 @@ class InspectOptions:
     files: bool = False
     """List every file by itself."""
 
+    use_hf: bool | None = None
+    """Look an id up at Hugging Face, or (false) at ModelScope."""
+
 
 def inspect(argv: Sequence[str]) -> int:
     """The command `braid inspect`: 0 if all of the checkpoint is there, 1 if not. Raises UserError.
@@ -70,14 +72,11 @@ def inspect(argv: Sequence[str]) -> int:
         raise ConfigError("inspect looks at a directory; pass it: braid inspect PATH")
     from converters.inspect import inspect_checkpoint
 
-    found = inspect_checkpoint(options.checkpoint)
-    try:
-        if options.json:
-            print(json.dumps(found.as_dict(), indent=1), flush=True)
-        else:
-            _print(found, options)
-    except BrokenPipeError:  # `| head` has had enough; what is still buffered must not fail at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    found = inspect_checkpoint(locate(options.checkpoint, use_hf=options.use_hf))
+    if options.json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        _print(found, options)
     return 0 if found.good else 1
 
 
@@ -136,7 +135,7 @@ def _head(found: "Inspection") -> "Table":
         step += f" ({found.step_source})"
     rows = {
         "path": found.path,
-        "kind": _KINDS[found.kind],
+        "kind": KINDS[found.kind],
         "model": _model_words(found),
         "adapter": _adapter_words(found),
         "step": "" if found.kind in ("huggingface", "peft") and found.step is None else step,

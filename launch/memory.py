@@ -1,65 +1,35 @@
 """The estimate of memory as a run is told it, and whether the cards of this machine have as much."""
 
 import math
-import os
-import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 
-from engine.config.options import ModelOptions
 from engine.errors import ConfigError
 from engine.model.memory import RankMemory, Workload, estimate
 from launch.blueprint import Blueprint
+from launch.gpu import Card, may_have_te, visible_card
 
-_GIB = 2**30
+GIB = 2**30
 _COLUMNS = ("weights", "gradients", "optimizer", "activations", "layer", "head")
 _GATHERED = "  gathered: what ranks share and one has whole for a while, weights at work and new gradients"
 # Assumed: CUDA's context and libraries, and what the allocator cannot use; and buffers of NCCL.
 _ALLOWANCE_GIB, _NCCL_GIB = 2.0, 2.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """A GPU of this machine."""
-
-    name: str
-    gib: float
-
-
-def visible_card(options: ModelOptions) -> Card | None:
-    """The smallest card that the run would see here, as the driver's own tool says it: asking CUDA would open
-    the card. None without one, and for runs on the CPU.
+def workload(blueprint: Blueprint) -> Workload:
+    """What of a run decides about its memory; rows are taken to be as long as they may be, and a device that
+    is not named to be a GPU.
     """
-    if options.device == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-        return None
-    command = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    cards = [line.split(", ", 1) for line in done.stdout.splitlines() if line[:1].isdigit()]
-    if not cards:
-        return None
-    mib, name = min(cards, key=lambda card: float(card[0]))
-    return Card(name=name, gib=float(mib) / 1024)
-
-
-def workload(blueprint: Blueprint, card: Card | None) -> Workload:
-    """What of a run decides about its memory; rows are taken to be as long as they may be."""
     config, options = blueprint.config, blueprint.config.model
-    on_gpu = options.device == "cuda" or (options.device == "auto" and card is not None)
-    may_have_te = options.device != "cpu" and find_spec("transformer_engine") is not None
-    multiple = blueprint.micro_batch_multiple
+    multiple, fp8 = blueprint.micro_batch_multiple, options.fp8_recipe is not None
     return Workload(
         spec=blueprint.spec,
         layout=blueprint.layout,
         recompute=config.recompute,
         optimizer=config.optimizer,
         lora=blueprint.lora,
-        dtype=options.torch_dtype or ("bfloat16" if on_gpu else "float32"),
-        use_te=options.transformer_impl == "te" or (options.transformer_impl == "auto" and may_have_te),
-        fp8=options.fp8_recipe is not None,
+        dtype=options.torch_dtype or ("float32" if options.device == "cpu" else "bfloat16"),
+        use_te=options.transformer_impl == "te" or fp8 or may_have_te(options, dry_run=False),
+        fp8=fp8,
         tokens=blueprint.shape.micro_batch_size * math.ceil(config.data.max_length / multiple) * multiple,
         micro_batches=blueprint.shape.accumulation,
     )
@@ -68,7 +38,7 @@ def workload(blueprint: Blueprint, card: Card | None) -> Workload:
 def describe_memory(blueprint: Blueprint) -> str:
     """The table of all stages, what is not in it, and whether a card of this machine has room for it."""
     card = visible_card(blueprint.config.model)
-    work = workload(blueprint, card)
+    work = workload(blueprint)
     stages = estimate(work)
     columns = (*_COLUMNS, *(("gathered",) if any(memory.gathered for memory in stages) else ()), "sum")
     allowance = _ALLOWANCE_GIB + (_NCCL_GIB if blueprint.layout.world_size > 1 else 0.0)
@@ -82,13 +52,13 @@ def describe_memory(blueprint: Blueprint) -> str:
         + (", NCCL" if blueprint.layout.world_size > 1 else ""),
     ]
     if card is not None:
-        lines.append(f"  {_verdict(max(memory.total for memory in stages) / _GIB, allowance, card)}")
+        lines.append(f"  {_verdict(max(memory.total for memory in stages) / GIB, allowance, card)}")
     return "\n".join(lines)
 
 
 def _row(memory: RankMemory, columns: Sequence[str]) -> str:
     parts = [memory.total if name == "sum" else getattr(memory, name) for name in columns]
-    return "".join(f"{part / _GIB:>13.1f}" for part in parts)
+    return "".join(f"{part / GIB:>13.1f}" for part in parts)
 
 
 def _verdict(needed: float, allowance: float, card: Card) -> str:
@@ -100,11 +70,16 @@ def _verdict(needed: float, allowance: float, card: Card) -> str:
     return f"{here}: fits, {card.gib - needed - allowance:.1f} GiB are left"
 
 
+def peak(blueprint: Blueprint) -> float:
+    """Bytes of the rank that takes the most."""
+    return max(memory.total for memory in estimate(workload(blueprint)))
+
+
 def check_card(blueprint: Blueprint, card: Card | None) -> None:
     """Raise ConfigError where a card cannot even hold weights, gradients and optimizer."""
     if card is None:
         return
-    needed = max(memory.lasting for memory in estimate(workload(blueprint, card))) / _GIB
+    needed = max(memory.lasting for memory in estimate(workload(blueprint))) / GIB
     if needed > card.gib:
         raise ConfigError(
             f"weights, gradients and optimizer take {needed:.0f} GiB of a rank, {card.name} has "

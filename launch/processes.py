@@ -3,6 +3,7 @@
 Whichever rank fails, the user sees one message: the one of the first rank that failed.
 """
 
+import functools
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ import psutil
 
 from engine.config.options import LaunchOptions
 from engine.errors import ConfigError, StoppedError, UserError
+from launch.pipe import CLOSED, let_go, reader_has_gone
 
 # Environment variables that mean the same as the flags; flags win.
 ENVIRONMENT: Mapping[str, str] = {
@@ -28,6 +30,8 @@ ENVIRONMENT: Mapping[str, str] = {
 }
 _STARTED = "BRAID_STARTED"
 _ERROR_DIR = "BRAID_ERROR_DIR"
+MODELS = "BRAID_MODELS"
+"""Directories of models by their id, which the launcher has looked up: a JSON object."""
 _STOPPING = "stopping"
 """File in the folder of errors: the launcher was asked to stop."""
 
@@ -123,9 +127,28 @@ def open_world(world: World) -> None:
         raise ConfigError("MASTER_ADDR is not set; under Slurm export the first node's name, and MASTER_PORT")
 
 
+@functools.cache
+def meeting_place(world: World) -> Any:
+    """The store through which ranks find one another. A process of its own has nobody to meet, and needs
+    neither an address nor a port.
+    """
+    import torch.distributed as dist
+
+    if not world.started:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://"))
+    # The agent's store outlives an attempt: what dead ranks left in it must not be found by new ones.
+    return dist.PrefixStore(f"attempt-{restart_count()}", store)
+
+
 def restart_count() -> int:
     """How often the elastic agent, ours or somebody else's torchrun, has started the ranks again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def started_by_braid() -> bool:
+    """Whether this is a rank that our own launcher has started, which says what ranks report to it."""
+    return _ERROR_DIR in os.environ
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -134,7 +157,7 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     Our own launcher passes a request on as SIGUSR1; its agent ends ranks by SIGTERM when one of them has
     failed, and then there is nothing to wait for.
     """
-    return (signal.SIGUSR1,) if _ERROR_DIR in os.environ else (signal.SIGTERM, signal.SIGUSR1)
+    return (signal.SIGUSR1,) if started_by_braid() else (signal.SIGTERM, signal.SIGUSR1)
 
 
 def run_worker(world: World, work: Callable[[], None], place: Callable[[], str]) -> int:
@@ -149,13 +172,17 @@ def run_worker(world: World, work: Callable[[], None], place: Callable[[], str])
     except StoppedError as error:
         _report(world, str(error), error.exit_code, "")
         # The launcher's agent takes any other code for a failure, and would start the ranks again.
-        return 0 if _ERROR_DIR in os.environ else error.exit_code
+        return 0 if started_by_braid() else error.exit_code
     except UserError as error:
         _report(world, str(error), error.exit_code, place())
         return error.exit_code
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if reader_has_gone(error):
+            let_go()
+            _report(world, "nobody reads what it prints", CLOSED, "")
+            return CLOSED
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         _report(world, traceback.format_exc(), 1, place())
         return 1
 
@@ -174,7 +201,7 @@ def _after_restart(world: World) -> int | None:
     if Path(folder, _STOPPING).exists():
         return 1
     first = _first_record(Path(folder), count - 1)
-    if first is not None and first["code"] == ConfigError.exit_code:
+    if first is not None and first["code"] in (ConfigError.exit_code, CLOSED):
         _report(world, first["message"], first["code"], "")
         return int(first["code"])
     if world.rank == 0:
@@ -191,7 +218,7 @@ def _report(world: World, message: str, code: int, place: str) -> None:
         partial = Path(folder, f"{world.rank}.partial")
         partial.write_text(json.dumps(record), encoding="utf-8")
         partial.rename(Path(folder, f"{restart_count()}-{world.rank}.json"))
-    elif place or world.rank == 0:
+    elif code != CLOSED and (place or world.rank == 0):
         # Started by somebody else's torchrun: what goes wrong before the grid exists goes wrong on every rank
         # alike.
         print(_format(world.command, message, code, where), file=sys.stderr, flush=True)
@@ -219,9 +246,17 @@ def attempt_began() -> float:
     return time.monotonic() - (time.time() - psutil.Process().create_time())
 
 
-def start_processes(options: LaunchOptions, world: World, argv: Sequence[str], *, began: float) -> int:
+def start_processes(
+    options: LaunchOptions,
+    world: World,
+    argv: Sequence[str],
+    *,
+    began: float,
+    models: Mapping[str, str] | None = None,
+) -> int:
     """Start this node's ranks with torch's elastic agent and wait for them. Returns the exit code of the run;
-    `began` is the time.monotonic() of the command's start.
+    `began` is the time.monotonic() of the command's start, `models` are directories by the names that
+    `launch.models` is asked for.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -234,6 +269,7 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str], *
         tempfile.TemporaryDirectory(prefix="braid-") as folder,
         _environment(_ERROR_DIR, folder),
         _environment(_STARTED, repr(began)),
+        _environment(MODELS, json.dumps(models or {})),
     ):
         nodes = options.nnodes or 1
         single = nodes == 1
@@ -260,8 +296,8 @@ def start_processes(options: LaunchOptions, world: World, argv: Sequence[str], *
             except ChildFailedError as error:
                 if received:  # before the ranks knew how to save
                     return _ended_by(world.command, received[0])
-                _, failure = error.get_first_failure()
-                return _first_error(world.command, Path(folder), failure.exitcode)
+                rank, failure = error.get_first_failure()
+                return _first_error(world.command, Path(folder), rank, failure.exitcode)
             except SignalException as error:
                 # The agent has ended the ranks that it knew of; a signal amid their start leaves it without
                 # the last.
@@ -334,16 +370,21 @@ def _environment(name: str, value: str) -> Iterator[None]:
         del os.environ[name]
 
 
-def _first_error(command: str, folder: Path, exit_code: int) -> int:
-    """Print the message of the rank that failed first. A killed rank leaves none: say how it died."""
+def _first_error(command: str, folder: Path, rank: int, exit_code: int) -> int:
+    """Print the message of the rank that failed first. A killed rank, which `rank` then is, leaves none: say
+    how it died.
+    """
     first = _first_record(folder, None)
     if first is None:
-        how = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
-        message = f"braid {command}: failed: a rank ended with {how} and left no message"
+        how = f"exit code {exit_code}"
+        if exit_code < 0:
+            how = f"signal {-exit_code} ({signal.strsignal(-exit_code)})"
+        message = f"braid {command}: failed: rank {rank} ended with {how} and left no message"
         print(message, file=sys.stderr, flush=True)
         return 1
-    line = _format(command, first["message"], first["code"], first["where"])
-    print(line, file=sys.stderr, flush=True)
+    if first["code"] != CLOSED:
+        line = _format(command, first["message"], first["code"], first["where"])
+        print(line, file=sys.stderr, flush=True)
     return int(first["code"])
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,13 @@ from launch.blueprint import Blueprint, check_files, draw
 from launch.disk import full_disk_named
 from launch.memory import describe_memory
 from launch.processes import (
+    ENVIRONMENT,
     World,
     attempt_began,
     find_world,
     give_up,
     launch_environment,
+    meeting_place,
     open_world,
     restart_count,
     run_worker,
@@ -59,13 +62,16 @@ def sft(argv: Sequence[str]) -> int:
     # args.yaml records the processes that really run, whoever started them.
     config.launch.nproc_per_node, config.launch.nnodes = world.local_size, world.size // world.local_size
     if config.run.dry_run:
-        return _dry_run(draw(config, world, adopted=adopted)) if world.rank == 0 else 0
+        alone = replace(world, started=False)  # nobody is told what it finds
+        return _dry_run(draw(config, alone, adopted=adopted)) if world.rank == 0 else 0
     if world.started or world.size == 1:
         place: list[str] = []
         work = partial(_worker, config, adopted, world, place)
         return run_worker(world, work, lambda: place[0] if place else "")
-    check_files(draw(config, world, adopted=adopted))
-    return start_processes(config.launch, world, ["sft", *argv], began=began)
+    blueprint = draw(config, world, adopted=adopted)
+    check_files(blueprint)
+    models = {str(config.model.model): str(blueprint.model_dir)}
+    return start_processes(config.launch, world, ["sft", *argv], began=began, models=models)
 
 
 def _dry_run(blueprint: Blueprint) -> int:
@@ -91,8 +97,8 @@ def _worker(config: SftConfig, adopted: Adoption | None, world: World, place: li
     """
     startup = Startup(attempt_began())
     startup.mark("launch")
-    blueprint = draw(config, world, adopted=adopted)
     open_world(world)
+    blueprint = draw(config, world, adopted=adopted)
     if world.rank == 0:
         check_files(blueprint)
     from engine.runtime.platform import open_platform
@@ -157,19 +163,6 @@ def leave_ranks() -> None:
     dist.barrier()
     mcore.destroy()
     dist.destroy_process_group()
-
-
-def meeting_place(world: World) -> Any:
-    """The store through which ranks find one another. A process of its own has nobody to meet, and needs
-    neither an address nor a port.
-    """
-    import torch.distributed as dist
-
-    if not world.started:
-        return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://"))
-    # The agent's store outlives an attempt: what dead ranks left in it must not be found by new ones.
-    return dist.PrefixStore(f"attempt-{restart_count()}", store)
 
 
 def prepare_here(blueprint: Blueprint, world: World) -> "PreparedData | None":
@@ -328,7 +321,8 @@ def export_beside(output_dir: Path, lora: bool, checkpoint: Path) -> None:
     target = output_dir / f"{'adapter' if lora else 'hf'}-{step}"
     shutil.rmtree(target, ignore_errors=True)
     words = ["convert", "--to", "hf", "--checkpoint", str(checkpoint), "--output_dir", str(target)]
-    environment = {n: v for n, v in os.environ.items() if n not in ("RANK", "WORLD_SIZE", "SLURM_PROCID")}
+    of_ranks = ("RANK", "WORLD_SIZE", "SLURM_PROCID", *ENVIRONMENT)
+    environment = {name: value for name, value in os.environ.items() if name not in of_ranks}
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", *words, "--workers", "1"],
         env=environment,

@@ -10,6 +10,7 @@ from engine.config.parse import help_text, parse
 from engine.errors import CheckpointError, ConfigError, DataError, ModelError, OutputError
 from engine.storage.durable import write_whole
 from launch.convert import worker_count
+from launch.models import locate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -32,8 +33,8 @@ class VerifyOptions:
     """Flags of `braid verify`."""
 
     model: str | None = None
-    """Hugging Face directory that is right by definition. With --manifest: the model, in either format, that
-    --checkpoint should have been made from.
+    """Hugging Face directory, or the id of a model, that is right by definition. With --manifest: the model,
+    in either format, that --checkpoint should have been made from.
     """
 
     checkpoint: str | None = None
@@ -57,6 +58,14 @@ class VerifyOptions:
     report: str | None = None
     """File for a JSON report."""
 
+    use_hf: bool | None = None
+    """Look an id up at Hugging Face, or (false) at ModelScope."""
+
+    dry_run: bool = False
+    """Say what would be read and compared, and what is wrong already without a weight, and stop. Exit code 1
+    if something is.
+    """
+
 
 def verify(argv: Sequence[str]) -> int:
     """The command `braid verify`: 0 if both hold the same model, 1 if not. Raises UserError."""
@@ -69,13 +78,16 @@ def verify(argv: Sequence[str]) -> int:
     options, given = parse(VerifyOptions, argv)
     _check(options, given)
     checkpoint, workers = options.checkpoint or "", worker_count(options.workers)
+    if options.model is not None:
+        options.model = locate(options.model, use_hf=options.use_hf)
+    if options.dry_run:
+        return _dry_run(options, workers)
     if options.manifest:
         good, content = _manifest(checkpoint, options.model, workers)
     elif options.level == "weights":
         good, content = _weights(options.model or "", checkpoint, workers)
     else:
-        prompts = None if options.prompts is None else _read_prompts(Path(options.prompts))
-        good, content = _logits(options.model or "", checkpoint, prompts, workers)
+        good, content = _logits(options.model or "", checkpoint, options.prompts, workers)
     if options.report is not None:
         _write_report(Path(options.report), content)
     return 0 if good else 1
@@ -95,6 +107,55 @@ def _check(options: VerifyOptions, given: set[str]) -> None:
         raise ConfigError("verify compares --model DIR with --checkpoint DIR; pass both")
     elif options.prompts is not None and options.level != "logits":
         raise ConfigError("--prompts is for --level logits; pass that too, or leave --prompts out")
+
+
+def _dry_run(options: VerifyOptions, workers: int) -> int:
+    """Descriptions and sizes of both sides; no tensor is read."""
+    from converters.inspect import inspect_checkpoint
+    from engine.storage.manifest import read_manifest
+    from launch.inspect import KINDS, size_text
+
+    checkpoint, wrong = options.checkpoint or "", []
+    for name, path in (("model", options.model), ("checkpoint", checkpoint)):
+        if path is not None:
+            found = inspect_checkpoint(path)
+            tensors = sum(item.tensors for item in found.contents)
+            size = size_text(sum(item.bytes for item in found.contents))
+            print(f"{name}: {path} ({KINDS[found.kind]}, {tensors} tensors, {size})")
+            wrong += [f"{name}: {problem.text}" for problem in found.problems]
+    if options.manifest:
+        files = read_manifest(Path(checkpoint)).files.values()
+        size = size_text(sum(file.bytes for file in files))
+        print(f"{len(files)} files, {size}, to hash by {workers} threads")
+    else:
+        wrong += [f"config.json: {line}" for line in _differing_values(options.model or "", checkpoint)]
+        print(f"every tensor to compare byte by byte, by {workers} threads")
+    if options.level == "logits":
+        prompts = _checked_prompts(options.model or "", checkpoint, options.prompts)
+        tokens = sum(len(prompt.ids) for prompt in prompts)
+        print(f"then {len(prompts)} prompts, {tokens} tokens, through transformers and the engine on the CPU")
+    for line in wrong:
+        print(line)
+    print("nothing was compared")
+    return 1 if wrong else 0
+
+
+def _differing_values(model: str, checkpoint: str) -> tuple[str, ...]:
+    from converters.verify import config_differences
+    from engine.model.spec import load_model_spec
+
+    return config_differences(load_model_spec(model), Path(checkpoint))
+
+
+def _checked_prompts(model: str, checkpoint: str, file: str | None) -> "list[Prompt]":
+    """Raises UserError for what would stop the comparison of logits."""
+    from converters.logits import check_prompts
+    from engine.model.spec import load_model_spec
+
+    load_model_spec(model)  # what is wrong with the directory comes before what is wrong with its tokenizer
+    prompts = _tokenize(model, None if file is None else _read_prompts(Path(file)))
+    check_prompts(model, checkpoint, prompts)
+    return prompts
 
 
 def _manifest(checkpoint: str, model: str | None, workers: int) -> tuple[bool, dict[str, Any]]:
@@ -128,15 +189,12 @@ def _print_weights(report: "VerifyReport") -> None:
 
 
 def _logits(
-    model: str, checkpoint: str, texts: Sequence[str] | None, workers: int
+    model: str, checkpoint: str, prompts_file: str | None, workers: int
 ) -> tuple[bool, dict[str, Any]]:
-    from converters.logits import check_prompts, compare_logits, why_incomparable
+    from converters.logits import compare_logits, why_incomparable
     from converters.verify import verify as compare
-    from engine.model.spec import load_model_spec
 
-    load_model_spec(model)  # what is wrong with the directory comes before what is wrong with its tokenizer
-    prompts = _tokenize(model, texts)
-    check_prompts(model, checkpoint, prompts)
+    prompts = _checked_prompts(model, checkpoint, prompts_file)
     weights = compare(model, checkpoint, workers=workers)
     _print_weights(weights)
     reason = why_incomparable(model, checkpoint)

@@ -66,6 +66,11 @@ class BenchOptions:
     deterministic: bool = False
     """Deterministic kernels only; CPU runs are deterministic without it."""
 
+    dry_run: bool = False
+    """Check everything, print the layout, the estimate of memory and the steps, or the cases of a sweep, and
+    stop.
+    """
+
 
 @dataclass(kw_only=True)
 class TrainBenchConfig:
@@ -101,6 +106,9 @@ class CommOptions:
 
     output_dir: str | None = None
     """New directory for the results as JSON, Markdown and PNG; default: print only."""
+
+    dry_run: bool = False
+    """Check everything, print the process groups and messages, and stop."""
 
 
 @dataclass(kw_only=True)

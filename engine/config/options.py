@@ -62,7 +62,8 @@ class LoraOptions:
 
     target_parameters: list[str] = field(default_factory=list)
     """Which matrices of routed experts get an adapter each: mlp.experts.gate_up_proj mlp.experts.down_proj;
-    both with target_modules all-linear.
+    in dense layers of a Qwen3-MoE mlp.gate_proj.weight and its like. All of them with target_modules
+    all-linear.
     """
 
     use_rslora: bool = False

@@ -15,9 +15,9 @@ def granularity_of(options: RecomputeOptions) -> str | None:
     return options.recompute_granularity or ("full" if options.gradient_checkpointing else None)
 
 
-def check_recompute(options: RecomputeOptions, *, has_te: bool, fp8_recipe: str | None) -> None:
-    """Raise ConfigError where the options contradict each other, or ask for what layers without Transformer
-    Engine (`has_te` false) do not have.
+def check_recompute(options: RecomputeOptions, *, has_te: bool, fp8_recipe: str | None, lora: bool) -> None:
+    """Raise ConfigError where the options contradict each other, ask for what layers without Transformer
+    Engine (`has_te` false) do not have, or for what would change nothing.
     """
     granularity = granularity_of(options)
     if granularity != "selective" and options.recompute_modules:
@@ -30,6 +30,12 @@ def check_recompute(options: RecomputeOptions, *, has_te: bool, fp8_recipe: str 
         if name not in RECOMPUTE_MODULES:
             known = ", ".join(RECOMPUTE_MODULES)
             raise ConfigError(f"recompute_modules {name!r} is not known; choose from {known}")
+    # Adapters keep the product as it is, and what keeps it in fp8 is a linear whose weight is trained.
+    if MLP_ACTIVATION in options.recompute_modules and fp8_recipe is not None and not lora:
+        raise ConfigError(
+            f"recompute_modules '{MLP_ACTIVATION}' does nothing with fp8_recipe {fp8_recipe} in full "
+            f"training: Transformer Engine keeps its own copy in fp8; leave it out"
+        )
     if "layernorm" not in options.recompute_modules:
         return
     # Megatron's code for norms that are computed again calls Transformer Engine, with fp8 or without.

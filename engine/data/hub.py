@@ -14,13 +14,18 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
+def may_be_id(name: str) -> bool:
+    """Whether a model's name is that of nothing here, and could be one of a site."""
+    return _ID.match(name) is not None and not Path(name).expanduser().exists()
+
+
 def find_model(name: str, *, use_hf: bool | None) -> str:
     """The directory of a model that is named by its path or by an id; an id's files are downloaded unless
     they are in the cache of the site. A name that can be no id comes back as it is.
 
     ConfigError: the site cannot be reached, has no such model, or its package is missing.
     """
-    if Path(name).expanduser().exists() or not _ID.match(name):
+    if not may_be_id(name):
         return name
     site, what = _site(use_hf), f"model {name} is no directory here"
     if site == "ModelScope":
@@ -33,7 +38,7 @@ def find_model(name: str, *, use_hf: bool | None) -> str:
         raise ConfigError(
             f"{what}, and {site} could not be reached or has no such model "
             f"({type(error).__name__}: {first_line(error)}); download it where there is a "
-            f"network, and pass --model DIR"
+            f"network, and pass its directory"
         ) from error
 
 

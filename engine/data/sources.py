@@ -157,6 +157,15 @@ def dataset_files(dataset: str) -> list[Path]:
     return _files_in(path) if path.is_dir() else [path] if path.exists() else []
 
 
+def sizes_of(dataset: str) -> dict[Path, int] | None:
+    """Bytes of the files behind a data set's name; None for a hub id. DataError as for reading them, as far
+    as it is known without.
+    """
+    ref = DatasetRef.parse(dataset)
+    found = _local_files(ref)
+    return None if found is None else {path: path.stat().st_size for path in found}
+
+
 def split_rows(rows: Sequence[Row], ratio: float, seed: int) -> Split:
     """Hold out about `ratio` of the rows, chosen by `seed`; both parts have at least one row when ratio > 0.
 
@@ -201,20 +210,28 @@ def _renamed(name: str, rows: Iterable[Row], columns: Mapping[str, str]) -> Iter
 
 
 def _read_as_it_is(ref: DatasetRef, how: Reading, *, streaming: bool) -> Iterable[Row]:
+    files = _local_files(ref)
+    if files is not None:
+        return itertools.chain.from_iterable(map(_read_file, files))
+    table = read_table(ref.name, use_hf=how.use_hf, streaming=streaming)
+    return (_row(ref.name, number, value) for number, value in enumerate(table, start=1))
+
+
+def _local_files(ref: DatasetRef) -> list[Path] | None:
+    """None for what can only be a hub id."""
     path = Path(ref.name).expanduser()
     if path.is_dir():
         files = _files_in(path)
         if not files:
             raise DataError(f"directory {ref.name} holds no .jsonl, .json or .parquet file")
-        return itertools.chain.from_iterable(map(_read_file, files))
+        return files
     if path.exists():
-        return _read_file(path)
+        return [path]
     if ref.looks_like_path:
         raise DataError(f"data set {ref.name} does not exist; check the path")
     if ref.name.count("/") != 1:
         raise DataError(f"data set {ref.name} is neither a file nor a hub id of the form org/name")
-    table = read_table(ref.name, use_hf=how.use_hf, streaming=streaming)
-    return (_row(ref.name, number, value) for number, value in enumerate(table, start=1))
+    return None
 
 
 def _files_in(directory: Path) -> list[Path]:

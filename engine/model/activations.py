@@ -139,13 +139,13 @@ class LayerActivations:
 
     def _mlp(self) -> dict[str, float]:
         spec, width = self.spec, self.spec.ffn_hidden_size
-        active = self._input("mlp.linear_fc2", width)
-        # An adapter's own copy and an fp8 one are not computed again.
-        again = not self.numbers.fp8 and not (self.frozen and self.dropout)
+        low, active = self._low("mlp.linear_fc2"), self._input("mlp.linear_fc2", width)
+        # An adapter's own copy is not computed again, nor is the fp8 one of a linear that is trained.
+        again = not (self.dropout if self.frozen else self.numbers.fp8)
         return {
             "mlp input": self._input("mlp.linear_fc1", spec.hidden_size),
-            "mlp": 2 * width * self.numbers.size + (0 if again else active),
-            "active": active if again else 0,
+            "mlp": 2 * width * self.numbers.size + (low if again else active),
+            "active": active - low if again else 0,
         }
 
     def _experts(self) -> dict[str, float]:
@@ -178,8 +178,11 @@ class LayerActivations:
             if self.numbers.fp8:
                 return width
             return 0 if is_kept else width * size
-        # What comes out of A, which every tensor-parallel rank has whole.
-        low = size * sum(ranks) * self.layout.tp
+        low = self._low(linear)
         if self.dropout:  # every adapter has an input of its own, and a mask
             return len(ranks) * width * (size + 1) + low
         return (width * size if ranks and not is_kept else 0) + low
+
+    def _low(self, linear: str) -> float:
+        """What comes out of A, which every tensor-parallel rank has whole."""
+        return self.numbers.size * sum(self.adapters.get(linear, ())) * self.layout.tp

@@ -94,7 +94,7 @@ class LoraSpec:
     def at(self, place: Projection) -> LowRank | None:
         """The adapter of a projection; None where it has none."""
         module = place.module
-        if place.experts is not None:
+        if place.parameter:
             # PEFT's exclusions and layer numbers are for modules.
             if not self._targets_parameter(module):
                 return None
@@ -173,9 +173,9 @@ class LoraSpec:
                 if shape is not None:
                     yield place, shape
 
-    def adapts_experts(self, spec: ModelSpec) -> bool:
-        """Whether any of the adapters is in experts that tokens are routed to."""
-        return any(place.experts is not None for place, _ in self.targets(spec))
+    def adapts_parameters(self, spec: ModelSpec) -> bool:
+        """Whether any of the adapters is of a parameter, and so knows no dropout."""
+        return any(place.parameter for place, _ in self.targets(spec))
 
     def check(self, spec: ModelSpec) -> None:
         """Raise ConfigError unless every part of the description fits the model."""
@@ -190,10 +190,11 @@ class LoraSpec:
                     f"lora_rank and lora_alpha must be at least 1, not rank {shape.rank} and scale "
                     f"{shape.scaling:g} at {place.module}"
                 )
-            if place.experts is not None and self.lora_dropout:
+            if place.parameter and self.lora_dropout:
+                whose = "experts" if place.experts else "dense layers beside experts"
                 raise ConfigError(
-                    f"lora_dropout {self.lora_dropout}: adapters of experts know no dropout, in PEFT either; "
-                    f"set it to 0, or leave experts out by target_modules without {ALL_LINEAR}"
+                    f"lora_dropout {self.lora_dropout}: adapters of {whose} know no dropout, in PEFT either; "
+                    f"set it to 0, or leave them out by target_modules without {ALL_LINEAR}"
                 )
         if not any(True for _ in self.targets(spec)):
             raise ConfigError("target_modules: no linear of the model is left; name at least one")
@@ -201,9 +202,9 @@ class LoraSpec:
     def _check_names(self, spec: ModelSpec) -> None:
         """Raise ConfigError for a name that means none of the projections, or more than those."""
         places = [place for layer in range(spec.num_layers) for place in projections(spec, layer)]
-        modules = [place.module for place in places if place.experts is None]
-        parameters = [place.module for place in places if place.experts is not None]
-        names = ", ".join(dict.fromkeys(place.name for place in places if place.experts is None))
+        modules = [place.module for place in places if not place.parameter]
+        names = ", ".join(dict.fromkeys(place.name for place in places if not place.parameter))
+        parameters = list(dict.fromkeys(place.parameter_name for place in places if place.parameter))
         wanted: list[str | tuple[str, ...]] = [(name,) for name in self.target_modules]
         if isinstance(self.target_modules, str):
             wanted = [] if self.target_modules == ALL_LINEAR else [self.target_modules]
@@ -225,9 +226,11 @@ class LoraSpec:
                     f"name only {names}"
                 )
         for name in self.target_parameters:
-            if not any(_named((name,), parameter) for parameter in parameters):
-                known = "mlp.experts.gate_up_proj and mlp.experts.down_proj"
-                what = f"choose from {known}" if parameters else "the model has no experts: leave it out"
+            named = any(place.parameter and _named((name,), place.module) for place in places)
+            if name == "weight" or not named:  # all weights end so, those of norms too
+                what = "the model has no experts: leave it out"
+                if parameters:
+                    what = f"choose from {', '.join(parameters[:-1])} and {parameters[-1]}"
                 raise ConfigError(f"target_parameters: {name!r} is no parameter of experts; {what}")
         for what, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for pattern in patterns:
@@ -248,9 +251,9 @@ class LoraSpec:
         parameters = sorted(self.target_parameters)
         if names == ALL_LINEAR:
             places = [place for layer in range(spec.num_layers) for place in projections(spec, layer)]
-            target = sorted({place.name for place in places if place.experts is None})
+            target = sorted({place.name for place in places if not place.parameter})
             if not parameters:
-                parameters = sorted({f"mlp.experts.{place.name}" for place in places if place.experts})
+                parameters = sorted({place.parameter_name for place in places if place.parameter})
         return {
             "alpha_pattern": {name: _whole(value) for name, value in self.alpha_pattern.items()},
             "base_model_name_or_path": base_model,

@@ -145,7 +145,7 @@ def layer_parameters(spec: ModelSpec, layout: ParallelLayout, layer: int) -> tup
     heads = spec.head_dim * (spec.num_attention_heads + 2 * spec.num_query_groups)
     linears = hidden * (heads + spec.head_dim * spec.num_attention_heads)
     whole, experts = 2 * hidden + (2 * spec.head_dim if spec.qk_norm else 0), 0.0
-    if moe is not None and moe.layers[layer]:
+    if moe is not None and spec.has_experts(layer):
         width = moe.shared_ffn_hidden_size or 0
         whole += hidden * moe.num_experts + (hidden if width else 0)
         experts = 3 * hidden * moe.ffn_hidden_size * moe.num_experts / (layout.ep * layout.etp)
@@ -301,7 +301,7 @@ def _largest_weight(work: Workload, layer: int) -> float:
     """Bytes of the first linear of an MLP, or of those of this rank's experts together."""
     spec, layout = work.spec, work.layout
     width = spec.ffn_hidden_size / layout.tp
-    if spec.moe is not None and spec.moe.layers[layer]:
+    if spec.moe is not None and spec.has_experts(layer):
         width = spec.moe.ffn_hidden_size * spec.moe.num_experts / (layout.ep * layout.etp)
     return 2 * width * spec.hidden_size * work.numbers.size
 

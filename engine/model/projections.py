@@ -36,7 +36,20 @@ class Projection:
     out_features: int
     in_features: int
     experts: int | None = None
-    """How many experts have such a matrix, in a parameter of its own kind; None for a module."""
+    """How many experts have such a matrix, in one parameter; None for a linear."""
+
+    parameter: bool = False
+    """Whether PEFT reaches it by `target_parameters` only, as it does those of experts."""
+
+    @property
+    def linear_module(self) -> str:
+        """transformers' name of the linear whose weight it is."""
+        return self.module.removesuffix(".weight")
+
+    @property
+    def parameter_name(self) -> str:
+        """What is the same in all layers of the name of a parameter, such as mlp.experts.down_proj."""
+        return self.module.split(".", 3)[3]
 
     @property
     def row_parallel(self) -> bool:
@@ -60,16 +73,18 @@ def projections(spec: ModelSpec, layer: int) -> list[Projection]:
         hf: str,
         sizes: Mapping[str, tuple[int, int]],
         experts: int | None = None,
+        weight: str = "",
     ) -> list[Projection]:
         return [
             Projection(
                 layer=layer,
                 linear=f"{megatron}.{linear}",
                 name=name,
-                module=f"model.layers.{layer}.{hf}.{name}",
+                module=f"model.layers.{layer}.{hf}.{name}{weight}",
                 out_features=sizes[name][0],
                 in_features=sizes[name][1],
                 experts=experts,
+                parameter=experts is not None or bool(weight),
             )
             for linear, names in linears.items()
             for name in names
@@ -80,11 +95,11 @@ def projections(spec: ModelSpec, layer: int) -> list[Projection]:
 
     attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
     found = block(_ATTENTION, "self_attention", "self_attn", attention)
-    if moe is None or not moe.layers[layer]:
-        # In a Qwen3-MoE these names mean experts to PEFT, so that nothing can mean a dense layer's.
-        return found + (
-            block(_MLP, "mlp", "mlp", mlp(width)) if moe is None or spec.family == "qwen2" else []
-        )
+    if moe is None or not spec.has_experts(layer):
+        # In a Qwen3-MoE these names mean experts to PEFT, whatever stands before them: what can be named of a
+        # dense layer is the parameter.
+        weight = ".weight" if moe is not None and spec.family != "qwen2" else ""
+        return found + block(_MLP, "mlp", "mlp", mlp(width), weight=weight)
     if moe.shared_ffn_hidden_size is not None:
         found += block(_MLP, "mlp.shared_experts", "mlp.shared_expert", mlp(moe.shared_ffn_hidden_size))
     width = moe.ffn_hidden_size

@@ -91,7 +91,7 @@ def transformer_config(
         "masked_softmax_fusion": False,
         "apply_rope_fusion": False,
         "persist_layer_norm": platform.use_te,
-        **_recompute(recompute, platform),
+        **_recompute(recompute, platform, lora=lora),
         "distribute_saved_activations": False,
         **_fp8(platform),
         **(_experts(spec, layout, platform, moe or MoeOptions()) if spec.moe is not None else {}),
@@ -150,9 +150,9 @@ def _keep(weight: Tensor) -> Tensor:
     return weight
 
 
-def _recompute(options: RecomputeOptions, platform: Platform) -> dict[str, Any]:
+def _recompute(options: RecomputeOptions, platform: Platform, *, lora: bool) -> dict[str, Any]:
     """Megatron's recompute settings from transformers' switch and Megatron's own flags."""
-    check_recompute(options, has_te=platform.use_te, fp8_recipe=platform.fp8_recipe)
+    check_recompute(options, has_te=platform.use_te, fp8_recipe=platform.fp8_recipe, lora=lora)
     granularity = granularity_of(options)
     if granularity != "full":
         modules = [name for name in options.recompute_modules if name != MLP_ACTIVATION]

@@ -91,6 +91,12 @@ class ModelSpec:
     rope: RopeSpec
     moe: MoeSpec | None = None
 
+    def summary(self) -> str:
+        """What it is, in a few words."""
+        return (
+            f"{self.architecture}, {self.num_parameters() / 1e6:,.1f} M parameters, {self.num_layers} layers"
+        )
+
     def has_experts(self, layer: int) -> bool:
         """Whether a decoder layer is a mixture of experts."""
         return self.moe is not None and self.moe.layers[layer]

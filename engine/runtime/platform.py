@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch.utils._device import _device_constructors
 
+from engine.config.device import check_layers
 from engine.errors import ConfigError
 
 # Factory functions that Megatron calls with device="cuda" (or the current device).
@@ -88,15 +89,10 @@ def open_platform(
         raise ConfigError(
             "device cuda: torch sees no CUDA device; use --device cpu or install a CUDA build of torch"
         )
-    have_te = on_cuda and importlib.util.find_spec("transformer_engine") is not None
-    if transformer_impl == "te" and not have_te:
-        missing = "is not installed" if on_cuda else "needs CUDA"
-        raise ConfigError(f"transformer_impl te: Transformer Engine {missing}; use --transformer_impl torch")
-    use_te = have_te and transformer_impl != "torch"
-    if fp8_recipe is not None and not use_te:
-        raise ConfigError(
-            f"fp8_recipe {fp8_recipe} needs Transformer Engine on a GPU; install it or leave fp8_recipe out"
-        )
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    check_layers(
+        transformer_impl=transformer_impl, fp8_recipe=fp8_recipe, on_cuda=on_cuda, te_installed=installed
+    )
     name = dtype or ("bfloat16" if on_cuda else "float32")
     _silence_import_chatter()
     if on_cuda:
@@ -116,7 +112,7 @@ def open_platform(
         device=torch.device("cuda", local_rank) if on_cuda else _CPU,
         backend="nccl" if on_cuda else "gloo",
         dtype=getattr(torch, name),
-        use_te=use_te,
+        use_te=on_cuda and installed and transformer_impl != "torch",
         fp8_recipe=fp8_recipe,
     )
 

@@ -30,11 +30,11 @@ FACTORS_NOTE = (
     "the median of calls timed one by one, of the slowest rank. All groups of a kind work at the same time. "
     "send_recv passes the buffer on to the next rank: in a ring, in pp from stage to stage."
 )
-_SIZES = {
+SIZES = {
     False: tuple(2**20 * 4**step for step in range(6)),
     True: tuple(2**16 * 4**step for step in range(5)),
 }
-_ITERATIONS = {False: 20, True: 5}
+ITERATIONS = {False: 20, True: 5}
 """By whether the device is a CPU."""
 
 _WARMUP = 3
@@ -111,8 +111,8 @@ def run(config: CommBenchConfig, world: World, place: list[str]) -> None:
         device=options.device, dtype="float32", transformer_impl="torch", local_rank=world.local_rank
     )
     with opened_groups(layout, platform, world, place, seed=0) as groups:
-        sizes = parse_sizes(options.sizes) or _SIZES[platform.is_cpu]
-        iterations = options.iterations or _ITERATIONS[platform.is_cpu]
+        sizes = parse_sizes(options.sizes) or SIZES[platform.is_cpu]
+        iterations = options.iterations or ITERATIONS[platform.is_cpu]
         exchanges = [
             measure(name, group, operation, size, iterations, platform)
             for name, group in process_groups(groups).items()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from engine.config.bench import CommBenchConfig, SweepBenchConfig, TrainBenchConfig
 from engine.config.parse import help_text, parse
 from engine.errors import ConfigError
+from launch.bench.dry import dry_comm, dry_sweep, dry_train
 from launch.bench.paper import check_outputs, draw_bench
 from launch.processes import World, find_world, launch_environment, run_worker, start_processes
 
@@ -57,6 +58,9 @@ def _train(config: TrainBenchConfig, world: World, argv: Sequence[str]) -> int:
         draw_bench(config, world)
         check_outputs(config.bench.output_dir, config.bench.trace)
 
+    if config.bench.dry_run:
+        return _dry(world, check, lambda: dry_train(config, world))
+
     def work(place: list[str]) -> None:
         from launch.bench.train import run
 
@@ -72,13 +76,26 @@ def _comm(config: CommBenchConfig, world: World, argv: Sequence[str]) -> int:
         draw_comm(config, world)
         check_outputs(config.comm.output_dir)
 
+    if config.comm.dry_run:
+        return _dry(world, check, lambda: dry_comm(config, world))
     return _start(config.launch, world, argv, check, lambda place: run(config, world, place))
 
 
 def _sweep(config: SweepBenchConfig, world: World, argv: Sequence[str]) -> int:
     from launch.bench.sweep import run
 
+    if config.bench.dry_run:
+        dry_sweep(config, world)
+        return 0
     return run(config, world)
+
+
+def _dry(world: World, check: Callable[[], None], show: Callable[[], None]) -> int:
+    """One process, whoever started it, checks and shows."""
+    if world.rank == 0:
+        check()
+        show()
+    return 0
 
 
 def _start(

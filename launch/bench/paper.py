@@ -76,7 +76,12 @@ def as_sft(config: TrainBenchConfig) -> SftConfig:
         recompute=config.recompute,
         parallel=config.parallel,
         moe=config.moe,
-        run=RunOptions(seed=bench.seed, deterministic=bench.deterministic, output_dir=bench.output_dir),
+        run=RunOptions(
+            seed=bench.seed,
+            deterministic=bench.deterministic,
+            output_dir=bench.output_dir,
+            dry_run=bench.dry_run,
+        ),
         launch=config.launch,
     )
 

@@ -23,7 +23,8 @@ from engine.training.curve import new_figure
 from launch.bench.output import Table, write_files, write_json
 from launch.bench.paper import check_outputs, draw_bench, read_spec
 from launch.bench.ranks import command_line
-from launch.memory import check_card, visible_card
+from launch.gpu import visible_card
+from launch.memory import check_card
 from launch.processes import ENVIRONMENT, World
 from launch.record import git_revision, versions
 
@@ -84,13 +85,9 @@ class Case:
 
 def run(config: SweepBenchConfig, world: World) -> int:
     """The command. Returns 0 where at least one case ran, 1 otherwise; raises UserError before the first."""
-    if world.started:
-        raise ConfigError("sweep starts processes itself; run it once, not under torchrun or srun")
-    if (config.launch.nnodes or 1) > 1:
-        raise ConfigError("sweep works on one node; run braid bench train for layouts over several")
+    check_sweep(config, world)
     candidates, refused = draw_sweep(config, world)
     output_dir = config.bench.output_dir
-    check_outputs(output_dir)
     with tempfile.TemporaryDirectory(prefix="braid-sweep-") as folder:
         root = Path(output_dir or folder)
         print(f"{len(candidates)} cases on {world.size} processes; {len(refused)} combinations do not fit")
@@ -105,6 +102,15 @@ def run(config: SweepBenchConfig, world: World) -> int:
                 write_json(root / "sweep.json", _record(config, cases, refused))
         _write(config, cases, refused, output_dir)
     return 0 if any(case.tokens_per_s for case in cases) else 1
+
+
+def check_sweep(config: SweepBenchConfig, world: World) -> None:
+    """Raise UserError for what is wrong with the processes or the output, whatever is swept."""
+    if world.started:
+        raise ConfigError("sweep starts processes itself; run it once, not under torchrun or srun")
+    if (config.launch.nnodes or 1) > 1:
+        raise ConfigError("sweep works on one node; run braid bench train for layouts over several")
+    check_outputs(config.bench.output_dir)
 
 
 @contextlib.contextmanager
@@ -140,7 +146,7 @@ def draw_sweep(config: SweepBenchConfig, world: World) -> tuple[list[Candidate],
             tp=tp, pp=pp, cp=cp, ep=ep, micro_batch_size=micro_batch_size, recompute=recompute
         )
         try:
-            check_card(draw_bench(_train_config(config, candidate), world), card)
+            check_card(draw_bench(train_config(config, candidate), world), card)
             fitting.append(candidate)
         except UserError as error:
             refused[candidate.name] = str(error)
@@ -161,7 +167,7 @@ def _check_lists(config: SweepBenchConfig) -> None:
         raise ConfigError(f"case_timeout must be positive, not {sweep.case_timeout}")
 
 
-def _train_config(config: SweepBenchConfig, candidate: Candidate) -> TrainBenchConfig:
+def train_config(config: SweepBenchConfig, candidate: Candidate) -> TrainBenchConfig:
     """The options of a case, as a config to be checked."""
     groups = {item.name: copy.deepcopy(getattr(config, item.name)) for item in fields(TrainBenchConfig)}
     train = TrainBenchConfig(**groups)

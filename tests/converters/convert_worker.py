@@ -8,6 +8,8 @@ wrote are printed, one line each.
 """
 
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -42,6 +44,8 @@ class Settings:
     pause: float = 0.0
     fail: str | None = None
     """The source raises a ModelError of this message."""
+    die: bool = False
+    """The process is killed at its first read."""
     late: float = 0.0
     """Seconds that pass between planning and the staging directory."""
 
@@ -54,6 +58,8 @@ class _Reads:
 
     def __call__(self, source: Any, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         settings = self._settings
+        if settings.die:
+            os.kill(os.getpid(), signal.SIGKILL)
         if settings.fail is not None:
             raise ModelError(settings.fail)
         if (

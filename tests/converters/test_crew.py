@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from converters.source import Source
 from converters.transfer import RECORDS_DIR, Crew, OutputFile, TransferOptions, deal
 from engine.errors import ModelError, OutputError
 from engine.storage.manifest import read_manifest
+from launch.cli import main
 
 from .conftest import MakeModel, edit_json
 from .convert_worker import finished, stages
@@ -140,6 +142,57 @@ def test_a_rank_that_fails(checkpoint: Path, tmp_path: Path) -> None:
     assert first.stderr == "braid convert: error: rank 1 failed: shard 7 is gone\n"
     assert second.stderr == "braid convert: error: shard 7 is gone\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rank_that_is_killed(checkpoint: Path, tmp_path: Path) -> None:
+    """Rank 0 does not wait for it, and what is finished is there for the next attempt."""
+    words, out = hf_words(checkpoint, tmp_path / "out"), tmp_path / "out"
+    began = time.monotonic()
+    first, second = ranks(worker(words), worker(words, die=True))
+    assert time.monotonic() - began < 30
+    assert (first.code, second.code) == (2, -signal.SIGKILL)
+    assert first.stderr.startswith("braid convert: error: rank 1 ended without a word; see what ended it")
+    assert first.stderr.count("\n") == 1
+    assert finished(out)
+    to_hf(checkpoint, tmp_path / "expected", max_shard_size=SIZE)
+    assert main(words) == 0
+    assert contents(out) == contents(tmp_path / "expected")
+
+
+# Processes, as the command itself starts them
+
+
+def test_the_command_starts_its_ranks(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = start(hf_words(checkpoint, out), NPROC_PER_NODE="2")
+    assert (done.code, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{out}: ")
+    to_hf(checkpoint, tmp_path / "expected", max_shard_size=SIZE)
+    assert contents(out) == contents(tmp_path / "expected")
+
+
+@pytest.mark.parametrize(
+    ("end", "how"),
+    [
+        ("os.kill(os.getpid(), 9)", "signal 9 (Killed) and left no message"),
+        ("os._exit(3)", "exit code 3 and left no message"),
+    ],
+)
+def test_a_rank_that_ends_without_a_word(checkpoint: Path, tmp_path: Path, end: str, how: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(f"import os\nif os.environ.get('RANK') == '1': {end}\n")
+    began = time.monotonic()
+    done = start(hf_words(checkpoint, tmp_path / "out"), NPROC_PER_NODE="2", PYTHONPATH=str(tmp_path))
+    assert time.monotonic() - began < 60
+    assert (done.code, done.stderr) == (1, f"braid convert: failed: rank 1 ended with {how}\n")
+
+
+def start(words: Sequence[str], **environment: str) -> Ended:
+    """A command in a process of its own."""
+    command = [sys.executable, "-m", "launch.cli", *words]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=200
+    )
+    return Ended(code=done.returncode, stdout=done.stdout, stderr=done.stderr)
 
 
 # The protocol, with threads for ranks

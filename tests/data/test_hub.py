@@ -81,7 +81,7 @@ def test_a_site_out_of_reach_is_one_line(sites: dict[str, Site]) -> None:
     ) as e:
         find_model("org/m", use_hf=True)
     assert "\n" not in str(e.value)
-    assert "--model DIR" in str(e.value)
+    assert "pass its directory" in str(e.value)
 
 
 def test_offline_the_real_client_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 _LAUNCH_VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NPROC_PER_NODE", "NNODES", "NODE_RANK",
     "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID", "BRAID_ERROR_DIR",
-    "BRAID_STARTED",
+    "BRAID_STARTED", "BRAID_MODELS",
 )  # fmt: skip
 _MARK = "BRAID_TEST_RUN"
 
@@ -83,6 +83,18 @@ def forget_launch_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     for name in _LAUNCH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
+
+
+def have_cards(monkeypatch: pytest.MonkeyPatch, root: Path, *lines: str, code: int = 0) -> None:
+    """Let the driver's tool answer with `lines`."""
+    folder = root / "bin"
+    folder.mkdir()
+    tool = folder / "nvidia-smi"
+    answer = "\n".join(lines)
+    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\nexit {code}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.config.device import check_layers
 from engine.config.options import ParallelOptions, RecomputeOptions
 from engine.config.parallel import ParallelLayout
 from engine.config.recompute import RECOMPUTE_MODULES
 from engine.errors import ConfigError
 from engine.model.provider import transformer_config
 from engine.model.spec import load_model_spec
-from engine.runtime.platform import Platform
-from tests.launch.runs import Place, assert_one_line, braid, everything_in
+from engine.runtime.platform import Platform, open_platform
+from launch.cli import main
+from tests.launch.runs import Place, have_cards
 
 MODULES = ", ".join(RECOMPUTE_MODULES)
 
@@ -39,6 +41,10 @@ MODULES = ", ".join(RECOMPUTE_MODULES)
             "--recompute_granularity selective --recompute_num_layers 2",
             "recompute_method and recompute_num_layers need recompute_granularity full",
         ),
+        (
+            "--train_type lora --recompute_granularity selective --recompute_modules mlp_act",
+            "recompute_modules 'mlp_act' does nothing with lora_dropout 0.05",
+        ),
         ("--fp8_recipe fp4", "fp8_recipe must be one of delayed, tensorwise, blockwise"),
     ],
 )
@@ -47,15 +53,60 @@ def test_refused_before_anything_starts(place: Place, words: str, named: str) ->
     place.refused(place.sft("--dry_run", *words.split()), named)
 
 
-@pytest.mark.parametrize(("words", "named"), [("--device cpu", "on a GPU"), ("--transformer_impl torch", "")])
-def test_fp8_needs_transformer_engine(place: Place, cache: Path, words: str, named: str) -> None:
-    """Said by a rank, which knows its device."""
-    before = everything_in(place.root)
-    run = braid(*place.sft("--fp8_recipe", "delayed", *words.split()), cache=cache)
-    assert run.code == 2, run.stderr
-    assert_one_line(run.stderr, "sft", "fp8_recipe delayed needs Transformer Engine", named)
-    assert run.left_running == ()
-    assert everything_in(place.root) == before
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--fp8_recipe delayed", "fp8_recipe delayed needs Transformer Engine on a GPU"),
+        ("--fp8_recipe delayed --device auto --transformer_impl torch", "needs Transformer Engine on a GPU"),
+        ("--transformer_impl te", "transformer_impl te: Transformer Engine needs CUDA"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(place: Place, words: str, named: str) -> None:
+    said = [place.refused(place.sft(*dry, *words.split()), named) for dry in ([], ["--dry_run"])]
+    assert said[0] == said[1]
+
+
+def test_a_rank_refuses_it_in_the_same_words() -> None:
+    for impl, recipe in (("te", None), ("auto", "delayed"), ("torch", "delayed")):
+        on_paper = {"transformer_impl": impl, "fp8_recipe": recipe}
+        with pytest.raises(ConfigError) as of_paper:
+            check_layers(**on_paper, on_cuda=False, te_installed=True)
+        with pytest.raises(ConfigError) as of_rank:
+            open_platform(**on_paper, device="cpu", dtype=None, local_rank=0)
+        assert str(of_rank.value) == str(of_paper.value)
+
+
+FOR_A_GPU = (
+    "--fp8_recipe delayed",
+    "--transformer_impl te",
+    "--recompute_granularity selective --recompute_modules layernorm",
+)
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize("words", FOR_A_GPU)
+def test_a_dry_run_away_from_gpus_is_for_another_machine(
+    place: Place, monkeypatch: pytest.MonkeyPatch, words: str, device: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(place.sft("--dry_run", *words.split(), "--device", device)) == 0
+    assert "memory of a rank on a GPU, an estimate in GiB: bfloat16" in place.capsys.readouterr().out
+
+
+def test_what_no_gpu_does_is_refused_away_from_them(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    words = "--device auto --fp8_recipe delayed --recompute_granularity selective --recompute_modules mlp_act"
+    named = "recompute_modules 'mlp_act' does nothing with fp8_recipe delayed in full training"
+    place.refused(place.sft("--dry_run", *words.split()), named)
+
+
+@pytest.mark.parametrize("words", FOR_A_GPU)
+def test_a_dry_run_beside_a_gpu_is_for_this_machine(
+    place: Place, monkeypatch: pytest.MonkeyPatch, words: str
+) -> None:
+    have_cards(monkeypatch, place.root, "81559, NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr("launch.gpu.find_spec", lambda name: None)
+    place.refused(place.sft("--dry_run", *words.split(), "--device", "auto"), "Transformer Engine")
 
 
 def platform(*, use_te: bool, fp8_recipe: str | None = None) -> Platform:
@@ -79,5 +130,18 @@ def test_norms_are_computed_again_only_where_megatron_can(tiny_model: Path) -> N
     with pytest.raises(ConfigError, match="'layernorm' needs Transformer Engine"):
         transformer_config(spec, layout, platform(use_te=False), options)
     delayed = platform(use_te=True, fp8_recipe="delayed")
+    options = RecomputeOptions(recompute_granularity="selective", recompute_modules=["layernorm"])
     with pytest.raises(ConfigError, match="'layernorm' does not go with fp8_recipe delayed"):
         transformer_config(spec, layout, delayed, options)
+
+
+def test_an_activation_is_computed_again_only_where_nobody_keeps_it(tiny_model: Path) -> None:
+    """A linear that is trained in fp8 has a copy of its own; adapters have the activation itself."""
+    spec = load_model_spec(tiny_model)
+    layout = ParallelLayout.resolve(ParallelOptions(), num_layers=spec.num_layers, world_size=1)
+    options = RecomputeOptions(recompute_granularity="selective", recompute_modules=["mlp_act"])
+    fp8 = platform(use_te=True, fp8_recipe="tensorwise")
+    with pytest.raises(ConfigError, match="'mlp_act' does nothing with fp8_recipe tensorwise in full"):
+        transformer_config(spec, layout, fp8, options)
+    assert transformer_config(spec, layout, fp8, options, lora=True).fp8 == "hybrid"
+    assert transformer_config(spec, layout, platform(use_te=True), options).fp8 is None

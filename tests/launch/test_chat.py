@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.cli import main
+from launch.demo import answer
 from tests.launch.runs import Place, assert_one_line
 from tests.support.models import save_adapter
 
@@ -73,6 +74,13 @@ def test_an_adapter_brings_its_base(
     assert talk(monkeypatch, capsys, "one\n", "--model", str(adapter), *cold) == wanted
     both = ("--model", str(tiny_model), "--adapter", str(adapter))
     assert talk(monkeypatch, capsys, "one\n", *both, *cold) == wanted
+
+
+def test_questions_at_once_are_answered_as_one_by_one(tiny_model: Path) -> None:
+    """As the demo asks them: the shorter ones are padded."""
+    asked = ["one", "which of the two is it, then?", "two words"]
+    wanted = [answers(plain(tiny_model), tiny_model, [question])[0].strip() for question in asked]
+    assert answer(tiny_model, asked, max_new_tokens=8) == wanted
 
 
 def test_answers_that_are_drawn_repeat_with_the_seed(

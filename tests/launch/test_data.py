@@ -18,8 +18,9 @@ from engine.data.packing import pack
 from engine.data.prepare import prepare
 from engine.data.survey import Lengths, histogram
 from launch.cli import main
-from launch.data import read_options
+from launch.data import ReportOptions, read_options
 from launch.data_report import visible
+from launch.pipe import CLOSED
 from tests.launch.runs import ROOT, Place, assert_one_line, everything_in, question_rows, write_rows
 
 END = "<|im_end|>"
@@ -336,7 +337,7 @@ def test_what_would_steer_a_terminal_is_a_symbol() -> None:
 
 
 def test_a_reader_that_has_had_enough(words: list[str], tmp_path: Path) -> None:
-    """`| head -1` closes the pipe: no error, and the files are written all the same."""
+    """`| head -1` closes the pipe: not a word, and the files are written all the same."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "launch.cli", *words, "--output_dir", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -345,7 +346,7 @@ def test_a_reader_that_has_had_enough(words: list[str], tmp_path: Path) -> None:
     process.stdout.close()
     assert process.stderr.read() == b""
     process.stderr.close()
-    assert process.wait(timeout=300) == 0
+    assert process.wait(timeout=300) == CLOSED
     assert len(list(out.iterdir())) == 3
 
 
@@ -469,7 +470,7 @@ def test_a_bad_row_is_named(words: list[str], tmp_path: Path, capsys: pytest.Cap
 def test_help_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "--help"]) == 0
     listed = Counter(re.findall(r"^  --(\w+)", capsys.readouterr().out, re.MULTILINE))
-    assert set(listed) == {"model", "seed", "samples", "output_dir", "json", *vars(DataOptions())}
+    assert set(listed) == {*vars(ReportOptions()), *vars(DataOptions())}
 
 
 @pytest.mark.parametrize(

@@ -270,22 +270,6 @@ def test_help_needs_no_torch_and_a_report_no_megatron(converted: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("flags", [[], ["--json"]])
-def test_a_reader_that_has_had_enough(converted: Path, flags: list[str]) -> None:
-    """`braid inspect ... | head`"""
-    read, write = os.pipe()
-    os.close(read)
-    result = subprocess.run(
-        [sys.executable, "-m", "launch.cli", "inspect", str(converted), *flags],
-        cwd=ROOT,
-        stdout=write,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.close(write)
-    assert result.stderr == ""
-
-
 @pytest.mark.parametrize(
     ("count", "text"),
     [

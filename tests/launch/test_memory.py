@@ -1,6 +1,5 @@
 """The estimate of memory that a dry run prints, and what sweeps make of it, with a card that is made up."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,23 +9,11 @@ from engine.config.options import ModelOptions
 from engine.config.parse import parse
 from launch.bench.sweep import draw_sweep
 from launch.cli import main
-from launch.memory import Card, visible_card
+from launch.gpu import Card, visible_card
 from launch.processes import World
-from tests.launch.runs import Place
+from tests.launch.runs import Place, have_cards
 
 DRY = ("--device", "auto", "--dry_run")
-
-
-def have_cards(monkeypatch: pytest.MonkeyPatch, root: Path, *lines: str, code: int = 0) -> None:
-    """Let the driver's tool answer with `lines`."""
-    folder = root / "bin"
-    folder.mkdir()
-    tool = folder / "nvidia-smi"
-    answer = "\n".join(lines)
-    tool.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\nexit {code}\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def test_a_dry_run_prints_the_parts_of_every_stage(place: Place) -> None:

@@ -37,20 +37,37 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
             "use_rslora": True,
         },
     ),
+    "dense layers": (
+        "qwen3_moe_mixed",
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.gate_proj.weight", "down_proj.weight", "experts.down_proj"],
+            "rank_pattern": {r"mlp\.down_proj\.weight": 6},
+            "alpha_pattern": {r"gate_proj\.weight": 3},
+        },
+    ),
     # PEFT reads names that older versions of transformers had for experts, and names the parameters itself.
     "names of experts": ("qwen3_moe", {"target_modules": [*ATTENTION, "gate_proj", "up_proj", "down_proj"]}),
 }
 
 
+MIXED = {"qwen3_moe_mixed": {"mlp_only_layers": [0]}}
+"""A Qwen3-MoE with a dense layer first."""
+
+
+def config_of(model: str) -> Any:
+    return MOE_MODELS[model.removesuffix("_mixed")](num_hidden_layers=2, **MIXED.get(model, {}))
+
+
 def spec_of(model: str) -> ModelSpec:
-    config = MOE_MODELS[model](num_hidden_layers=2)
+    config = config_of(model)
     names = [type(config).__name__.replace("Config", "ForCausalLM")]
     return model_spec_from_config(config.to_dict() | {"architectures": names})
 
 
 def made_by_peft(model: str, config: LoraConfig) -> tuple[PeftModel, dict[str, tuple[int, ...]]]:
     """PEFT's model, and the tensors that it saves."""
-    peft = get_peft_model(AutoModelForCausalLM.from_config(MOE_MODELS[model](num_hidden_layers=2)), config)
+    peft = get_peft_model(AutoModelForCausalLM.from_config(config_of(model)), config)
     return peft, {name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(peft).items()}
 
 
@@ -71,7 +88,7 @@ def test_a_saved_configuration_gives_what_peft_made(tmp_path: Path, setting: str
     assert lora.num_parameters(spec_of(model)) == trainable
 
 
-@pytest.mark.parametrize("model", MOE_MODELS)
+@pytest.mark.parametrize("model", [*MOE_MODELS, *MIXED])
 def test_peft_reads_what_all_linear_became(tmp_path: Path, model: str) -> None:
     lora = LoraSpec(r=4, lora_alpha=8.0)
     (tmp_path / CONFIG_FILE).write_text(json.dumps(lora.to_config("", spec_of(model))), encoding="utf-8")
@@ -82,6 +99,8 @@ def test_peft_reads_what_all_linear_became(tmp_path: Path, model: str) -> None:
         "experts",
         "experts.base_layer",
     }
+    dense = {f"layers.0.mlp.{name}.lora_A" for name in ("gate_proj", "up_proj", "down_proj")}
+    assert model == "qwen3_moe" or all(any(part in name for name in found) for part in dense)
     assert not [name for name in found if ".gate." in name or "expert_gate" in name]
     again = read_lora_config(tmp_path)
     assert made_here(model, again) == found
@@ -103,6 +122,13 @@ def test_only_the_experts_of_a_token_work_on_it() -> None:
         ("qwen2_moe", {"target_modules": ["shared_expert_gate"]}, "'shared_expert_gate' is none of"),
         ("qwen2_moe", {"target_modules": [r".*mlp\..*"]}, "takes in model.layers.0.mlp.gate too"),
         ("qwen3_moe", {"target_parameters": ["gate.weight"]}, "'gate.weight' is no parameter of experts"),
+        ("qwen3_moe_mixed", {"target_parameters": ["weight"]}, "mlp.down_proj.weight, mlp.experts.gate_up"),
+        ("qwen3_moe_mixed", {"target_modules": ["up_proj"]}, "can be in (experts are target_parameters)"),
+        (
+            "qwen3_moe_mixed",
+            {"target_modules": ["q_proj"], "target_parameters": ["up_proj.weight"], "lora_dropout": 0.1},
+            "adapters of dense layers beside experts know no dropout",
+        ),
         ("qwen3_moe", {"target_parameters": ["up_proj"]}, "choose from mlp.experts.gate_up_proj and"),
         ("qwen3_moe", {"lora_dropout": 0.1}, "lora_dropout 0.1: adapters of experts know no dropout"),
     ],

@@ -169,3 +169,13 @@ def test_fp8_has_two_further_copies_of_linears() -> None:
     linears = spec.num_layers * spec.hidden_size * (heads + 3 * spec.ffn_hidden_size)
     assert fp8.weights - plain.weights == 2 * linears
     assert fp8.activations < plain.activations
+
+
+def test_in_fp8_adapters_have_the_activation_that_is_computed_again() -> None:
+    """In full training a linear has its own copy, and nothing falls."""
+    spec = spec_of_shape("qwen3-8b")
+    layers = {"use_te": True, "fp8": True, "recompute": MLP_ACT}
+    for lora, fallen in ((None, 0), (LORA, 2 * spec.ffn_hidden_size)):
+        (kept,) = estimate(workload("qwen3-8b", use_te=True, fp8=True, lora=lora))
+        (again,) = estimate(workload("qwen3-8b", lora=lora, **layers))
+        assert kept.activations - again.activations == spec.num_layers * 4096 * fallen

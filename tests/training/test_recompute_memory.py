@@ -98,3 +98,16 @@ def test_mlp_act_keeps_no_activation(workers: WorkerPool, tmp_path: Path, lora: 
     assert everything - less == LAYERS * ACTIVATION * (1 if lora else 2)
     # The backward pass, too, lets go of what it computed again.
     assert max(left, also_left) < ACTIVATION / 20
+
+
+def test_mlp_act_does_nothing_for_adapters_with_dropout(workers: WorkerPool, tmp_path: Path) -> None:
+    """Each keeps an input of its own, which is why the command refuses it."""
+    shape = {"hidden_size": 32, "intermediate_size": WIDTH, "num_hidden_layers": LAYERS}
+    directory = save_tiny_model("qwen2_untied", tmp_path / "model", **shape)
+    adapter = str(save_adapter(directory, tmp_path / "adapter", lora_dropout=0.1))
+    again = {"recompute_granularity": "selective", "recompute_modules": ["mlp_act"]}
+    found = [
+        workers.run(kept_bytes, 1, model_dir=str(directory), adapter=adapter, recompute=recompute)[0][0]
+        for recompute in ({}, again)
+    ]
+    assert found[0] == found[1]
