@@ -23,7 +23,7 @@ speed. Leaves report.json, report.md and report.png in DIR; exit code 0: every l
 """
 _OPTIONS = "options.json"
 # What a later call with --resume may change: results do not depend on it.
-_FREE = ("parts", "layouts", "resume", "part_timeout", "task_timeout", *vars(Bounds()))
+_FREE = ("output_dir", "parts", "layouts", "resume", "part_timeout", "task_timeout", *vars(Bounds()))
 
 
 def validate(argv: Sequence[str]) -> int:
@@ -41,8 +41,8 @@ def validate(argv: Sequence[str]) -> int:
     ranks, on_cpu = _machine(config)
     setup = Setup(config=config, ranks=ranks, on_cpu=on_cpu)
     assert setup.layouts  # or ConfigError
-    if on_cpu and config.speed.shape == SpeedOptions().shape and "speed" in config.validate.parts:
-        raise ConfigError(f"shape {config.speed.shape} is too large for a CPU; pass --shape tiny")
+    if "speed" in config.validate.parts:
+        _check_speed(setup)
     _claim(config, setup.root, ranks)
     return _run(setup)
 
@@ -60,6 +60,16 @@ def _machine(config: ValidateConfig) -> tuple[int, bool]:
     if device != "cpu" and (asked or cards) > cards:
         raise ConfigError(f"{asked} processes need as many GPUs, {cards} are visible; lower NPROC_PER_NODE")
     return asked or cards, device == "cpu"
+
+
+def _check_speed(setup: Setup) -> None:
+    """Raise ConfigError for a shape or an option that `braid bench train` does not know."""
+    from launch.validate import speed
+
+    shape = setup.config.speed.shape
+    if setup.on_cpu and shape == SpeedOptions().shape:
+        raise ConfigError(f"shape {shape} is too large for a CPU; pass --shape tiny")
+    speed.tasks(setup)
 
 
 def _claim(config: ValidateConfig, root: Path, ranks: int) -> None:

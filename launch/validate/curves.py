@@ -75,10 +75,13 @@ def judge(setup: Setup) -> PartReport:
         report.record[task.name] = result["losses"]
         if task.layout is ONE:
             one[task.model, task.variant] = result["losses"]
-    rows: list[list[str]] = []
+    rows = [
+        _noise(model, one) for model in {task.model: None for task in all_tasks} if len(_of(model, one)) == 2
+    ]
     for task in (task for task in all_tasks if task.layout is not ONE):
-        exact, wanted = (one.get((task.model, dtype)) for dtype in ("float32", "bfloat16"))
-        if task.name in report.record and exact and wanted:
+        references = _of(task.model, one)
+        if task.name in report.record and len(references) == 2:
+            exact, wanted = references
             rows.append(_compare(setup, task, report.record[task.name], wanted, exact, report))
     columns = ("layout", "first, last loss", "any step", "bound", "last tenth", "bound", "")
     report.tables.append(Table(title="relative distance from one GPU's curve", columns=columns, rows=rows))
@@ -90,6 +93,17 @@ def judge(setup: Setup) -> PartReport:
         f"the steps at least {bounds.curve_floor:g}, at any step at least {2 * bounds.curve_floor:g}."
     )
     return report
+
+
+def _of(model: str, one: dict[tuple[str, str], list[float]]) -> list[list[float]]:
+    """One GPU's curves in fp32 and in bf16, as far as they are there."""
+    return [one[model, dtype] for dtype in ("float32", "bfloat16") if (model, dtype) in one]
+
+
+def _noise(model: str, one: dict[tuple[str, str], list[float]]) -> list[str]:
+    exact, wanted = _of(model, one)
+    any_step, last = (f"{value:.1e}" for value in _distances(wanted, exact))
+    return [f"one GPU in fp32, {model}", f"{exact[0]:.3f}, {exact[-1]:.3f}", any_step, "", last, "", "noise"]
 
 
 def noise_bounds(setup: Setup, wanted: list[float], exact: list[float]) -> tuple[float, float]:

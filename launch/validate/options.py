@@ -84,16 +84,16 @@ class Bounds:
     fp32_norm_bound: float = 1e-4
     """Gradient norms in fp32."""
 
-    bf16_loss_bound: float = 5e-3
+    bf16_loss_bound: float = 2e-3
     """Losses in bf16."""
 
-    bf16_norm_bound: float = 3e-2
+    bf16_norm_bound: float = 2e-2
     """Gradient norms in bf16."""
 
     curve_noise_factor: float = 3.0
     """A loss curve may be this many times as far from one GPU's as that is from one GPU's in fp32."""
 
-    curve_floor: float = 5e-3
+    curve_floor: float = 2e-3
     """But at least this far, and any single step twice as far."""
 
     resume_bound: float = 1e-4

@@ -103,10 +103,10 @@ def judge(setup: Setup) -> PartReport:
     report.tables.append(Table(title="largest relative distance of a step", columns=columns, rows=rows))
     report.notes.append(
         f"{_STEPS} steps of {setup.micro_batches} micro-batches from the same random weights with the same "
-        f"rows; AdamW at {_LEARNING_RATE:g}, epsilon {ADAM_EPSILON:g}. Bounds: loss "
-        f"{bounds.fp32_loss_bound:g} and gradient norm {bounds.fp32_norm_bound:g} in fp32, where layouts only "
-        f"add up in another order; {bounds.bf16_loss_bound:g} and {bounds.bf16_norm_bound:g} in bf16, which keeps 8 bits of a "
-        f"number: layouts round other partial sums."
+        f"rows; AdamW at {_LEARNING_RATE:g}, epsilon {ADAM_EPSILON:g}. Bounds in fp32: loss "
+        f"{bounds.fp32_loss_bound:g}, gradient norm {bounds.fp32_norm_bound:g}; layouts only add up in "
+        f"another order. In bf16, which keeps 8 bits of a number: loss {bounds.bf16_loss_bound:g}, gradient "
+        f"norm {bounds.bf16_norm_bound:g}; layouts round other partial sums."
     )
     return report
 

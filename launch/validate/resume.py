@@ -89,7 +89,7 @@ def kill(task: Task, setup: Setup, timeout: float) -> None:
             end_process(process)
     saved, last = list_checkpoints(output), _last_step(output)
     if running and saved and last < STEPS:
-        setup.finish(task, {"checkpoint": str(saved[-1]), "saved_step": _step(saved[-1]), "last_step": last})
+        setup.finish(task, {"checkpoint": saved[-1].name, "saved_step": _step(saved[-1]), "last_step": last})
         return
     reason = failure_reason(log.read_text(encoding="utf-8"), process.returncode)
     why = f"no checkpoint after {timeout:g} s" if running else f"the run ended before it was killed: {reason}"
@@ -105,7 +105,8 @@ def perform(task: Task, setup: Setup, world: World) -> dict[str, Any]:
         (killed,) = (one for one in kills(setup) if one.model == task.model)
         result = setup.result(killed)
         assert result is not None
-        words += ["--resume_from_checkpoint", result["checkpoint"]]
+        checkpoint = setup.folder(killed) / "run" / result["checkpoint"]
+        words += ["--resume_from_checkpoint", str(checkpoint)]
     run_sft(world, words)
     dist.barrier()
     output = setup.folder(task) / "run"

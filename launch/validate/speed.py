@@ -1,5 +1,6 @@
 """Part speed: what `braid bench train` measures under every layout, and what that says about scaling."""
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -67,8 +68,12 @@ def configure(task: Task, setup: Setup) -> TrainBenchConfig:
         *("--breakdown", str(task.layout.pp > 1).lower(), *task.layout.words()),
         *(word for option in options.bench_options for word in _words(option)),
     ]
-    config, _ = parse(TrainBenchConfig, words)
-    return config
+    return copy.deepcopy(_read(tuple(words)))
+
+
+@cache
+def _read(words: tuple[str, ...]) -> TrainBenchConfig:
+    return parse(TrainBenchConfig, words)[0]
 
 
 def _words(option: str) -> tuple[str, str]:
