@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -385,3 +386,35 @@ def test_replicas_are_named_as_in_the_lists() -> None:
     for ranks in MACHINES:
         assert data_parallel(ranks) in layouts_of(ranks)
     assert replace(data_parallel(1)) == ONE
+
+
+@pytest.mark.slow
+def test_a_layout_that_fails_does_not_stop_the_others(
+    validated: tuple[Path, Run], tmp_path: Path, cache: Path
+) -> None:
+    """EP2 ends the processes by its broken model; EP2xTP2 gets others."""
+    root = tmp_path / "out"
+    shutil.copytree(validated[0] / "models", root / "models")
+    broken = root / "models" / "qwen3-moe"
+    shutil.copytree(root / "models" / "qwen3", broken)
+    words = [*WORDS, "--parts", "parity", "--layouts", "PP2,EP2,EP2xTP2", "--resume"]
+    run = braid("validate", "--output_dir", str(root), *words, cache=cache, NPROC_PER_NODE="2")
+    assert run.code == 1
+    assert not run.left_running
+    found = {(layout, name) for _, layout, name in failures(root)}
+    assert found == {("EP2", "parity"), ("EP2xTP2", "parity")}
+    assert "experts" in (root / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_call_that_is_ended_leaves_a_report_and_nothing_running(
+    validated: tuple[Path, Run], tmp_path: Path, cache: Path
+) -> None:
+    root = tmp_path / "out"
+    shutil.copytree(validated[0] / "models", root / "models")
+    words = ["--output_dir", str(root), *WORDS, "--parts", "parity", "--resume"]
+    run = braid("validate", *words, cache=cache, NPROC_PER_NODE="2", stop_by=signal.SIGTERM)
+    assert run.code == 128 + signal.SIGTERM
+    assert not run.left_running
+    parts = json.loads((root / "report.json").read_text(encoding="utf-8"))["parts"]
+    assert parts["parity"]["state"] == "not run"
