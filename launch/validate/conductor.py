@@ -133,7 +133,8 @@ def _blame(setup: Setup, tasks: Sequence[Task], *, hung: str | None, code: int, 
     """
     left = [task for task in tasks if not setup.is_done(task)]
     failed = any(setup.failure(task) is not None for task in tasks)
-    if not left or hung == "late" or (setup.root / AGAIN).exists() or (failed and hung is None):
+    again = (setup.root / AGAIN).exists() and len(left) < len(tasks)
+    if not left or hung == "late" or again or (failed and hung is None):
         return
     seconds = setup.config.validate.task_timeout
     reason = (
