@@ -19,6 +19,7 @@ commands:
   inspect   say what a checkpoint is, and whether all of it is there (exit code 0: it is, 1: not)
   data      say what training data is like as tokens, before anything is trained on it
   bench     measure training, communication, or every layout on random weights: bench train | comm | sweep
+  validate  compare every layout that this machine allows with one GPU, and measure their speed, in one report
   doctor    say what this machine has for training, and what is missing (exit code 0: nothing, 1: mend it)
   chat      talk to a trained model, or to a base with its adapter
   eval      benchmarks of a trained model, by lm-evaluation-harness where it is installed
@@ -88,6 +89,10 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
         from launch.bench.command import bench
 
         return bench
+    if name == "validate":
+        from launch.validate.command import validate
+
+        return validate
     if name == "doctor":
         from launch.doctor import doctor
 
@@ -101,8 +106,8 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
 
         return evaluate
     raise ConfigError(
-        f"unknown command {name!r}; commands are sft, convert, merge, verify, inspect, data, bench, doctor, "
-        f"chat, eval"
+        f"unknown command {name!r}; commands are sft, convert, merge, verify, inspect, data, bench, "
+        f"validate, doctor, chat, eval"
     )
 
 

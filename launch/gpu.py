@@ -22,16 +22,23 @@ def visible_card(options: ModelOptions) -> Card | None:
     """
     if options.device == "cpu" or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return None
+    return min(_cards(), key=lambda card: card.gib, default=None)
+
+
+def count_visible() -> int:
+    """GPUs that a process on this machine can use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(_cards()) if named is None else len([name for name in named.split(",") if name])
+
+
+def _cards() -> list[Card]:
     command = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
-    cards = [line.split(", ", 1) for line in done.stdout.splitlines() if line[:1].isdigit()]
-    if not cards:
-        return None
-    mib, name = min(cards, key=lambda card: float(card[0]))
-    return Card(name=name, gib=float(mib) / 1024)
+        return []
+    lines = [line.split(", ", 1) for line in done.stdout.splitlines() if line[:1].isdigit()]
+    return [Card(name=name, gib=float(mib) / 1024) for mib, name in lines]
 
 
 def may_have_te(options: ModelOptions, *, dry_run: bool) -> bool:

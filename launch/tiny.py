@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "configs" / "data"
 
@@ -72,6 +73,25 @@ def build_tiny_qwen3(directory: Path, *, seed: int = 0, **overrides: int) -> Pat
         model.lm_head.weight.mul_(5.0)
     model.generation_config.eos_token_id = 2
     model.save_pretrained(str(directory))
+    return directory
+
+
+def save_random_model(config: Any, directory: Path, *, std: float, dtype: Any) -> Path:
+    """Save a model of a transformers configuration with every weight random, normal around 1 in norms and
+    around 0 elsewhere: constant norms and biases would hide a wrong order.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1234)
+    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(99)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            center = 1.0 if "norm" in name else 0.0
+            weight.copy_(center + std * torch.randn(weight.shape, generator=generator))
+    model.to(dtype).save_pretrained(directory)
     return directory
 
 

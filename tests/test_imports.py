@@ -181,6 +181,7 @@ def test_data_and_mapping_import_without_megatron() -> None:
         "bench train --help",
         "bench comm --help",
         "bench sweep --help",
+        "validate --help",
     ],
 )
 def test_help_answers_without_heavy_imports(command: str) -> None:

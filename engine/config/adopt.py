@@ -25,7 +25,7 @@ def adopt(config: SftConfig, given: Collection[str]) -> Adoption | None:
     else:
         adopted = adopt_fsdp(foreign)
         if adopted is None:
-            _settle_strategy(options, given)
+            settle_strategy(options, given)
             return None
         adoption = adopted
     for request in adoption.requests.values():
@@ -54,8 +54,10 @@ def _offload(adoption: Adoption, config: SftConfig) -> None:
     adoption.note(name, device, "became", "optimizer_cpu_offload true")
 
 
-def _settle_strategy(options: OptimizerOptions, given: Collection[str]) -> None:
-    """Two options say whether optimizer states are sharded; one that is given decides the other."""
+def settle_strategy(options: OptimizerOptions, given: Collection[str]) -> None:
+    """Two options say whether optimizer states are sharded; one that is given decides the other. Raises
+    ConfigError where both are, and contradict each other.
+    """
     strategy = options.data_parallel_sharding_strategy
     if strategy is None:
         return

@@ -17,8 +17,7 @@ from engine.config.options import (
 # Options of training that would say nothing about a run of a few steps on random weights.
 _NOT_OF_A_BENCHMARK = (
     "adapter", "num_train_epochs", "max_steps", "per_device_eval_batch_size", "min_lr", "warmup_ratio",
-    "optimizer.warmup_steps", "warmup_type", "lr_scheduler_type", "data_parallel_sharding_strategy",
-    "max_restarts",
+    "optimizer.warmup_steps", "warmup_type", "lr_scheduler_type", "max_restarts",
 )  # fmt: skip
 
 

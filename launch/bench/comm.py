@@ -100,7 +100,6 @@ def parse_sizes(words: Sequence[str]) -> list[int]:
 def run(config: CommBenchConfig, world: World, place: list[str]) -> None:
     """One rank's whole benchmark; rank 0 prints and writes the results. Raises UserError."""
     from engine.runtime.platform import open_platform
-    from launch.bench.collectives import FACTORS
 
     layout = draw_comm(config, world)
     open_world(world)
@@ -112,16 +111,29 @@ def run(config: CommBenchConfig, world: World, place: list[str]) -> None:
     )
     with opened_groups(layout, platform, world, place, seed=0) as groups:
         sizes = parse_sizes(options.sizes) or SIZES[platform.is_cpu]
-        iterations = options.iterations or ITERATIONS[platform.is_cpu]
-        exchanges = [
-            measure(name, group, operation, size, iterations, platform)
-            for name, group in process_groups(groups).items()
-            for operation in FACTORS
-            for size in sizes
-        ]
+        report = measure_groups(layout, groups, platform, sizes, options.iterations)
         if world.rank == 0:
-            report = CommReport(layout=layout, exchanges=exchanges, environment=Environment.here(platform))
             _write(report, options.output_dir)
+
+
+def measure_groups(
+    layout: ParallelLayout,
+    groups: "Groups",
+    platform: "Platform",
+    sizes: Sequence[int],
+    iterations: int | None = None,
+) -> CommReport:
+    """Time every operation of every group at every size; call on every rank."""
+    from launch.bench.collectives import FACTORS
+
+    iterations = iterations or ITERATIONS[platform.is_cpu]
+    exchanges = [
+        measure(name, group, operation, size, iterations, platform)
+        for name, group in process_groups(groups).items()
+        for operation in FACTORS
+        for size in sizes
+    ]
+    return CommReport(layout=layout, exchanges=exchanges, environment=Environment.here(platform))
 
 
 def process_groups(groups: "Groups") -> dict[str, Any]:

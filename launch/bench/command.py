@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from engine.config.adopt import settle_strategy
 from engine.config.bench import CommBenchConfig, SweepBenchConfig, TrainBenchConfig
 from engine.config.parse import help_text, parse
 from engine.errors import ConfigError
@@ -44,7 +45,9 @@ def bench(argv: Sequence[str]) -> int:
             f"usage: braid bench {name} [--config FILE.yaml] [--flag value ...]\n{help_text(_CONFIGS[name])}"
         )
         return 0
-    config, _ = parse(_CONFIGS[name], rest, launch_environment())
+    config, given = parse(_CONFIGS[name], rest, launch_environment())
+    if name != "comm":
+        settle_strategy(config.optimizer, given)
     world = find_world(config.launch, "bench")
     if name == "train":
         return _train(config, world, argv)

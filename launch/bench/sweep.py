@@ -226,7 +226,7 @@ def _run_case(config: SweepBenchConfig, candidate: Candidate, world: World, dire
     return read_case(candidate, directory / "bench.json", process.returncode, printed)
 
 
-def end_process(process: subprocess.Popen[str]) -> None:
+def end_process(process: subprocess.Popen[Any]) -> None:
     """End a case, and the processes that it started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         launcher = psutil.Process(process.pid)

@@ -104,12 +104,19 @@ def run(config: TrainBenchConfig, world: World, place: list[str]) -> None:
     opened = opened_groups(
         blueprint.layout, platform, world, place, seed=bench.seed, deterministic=bench.deterministic
     )
-    phase = Phase()
-    with opened as groups, _memory_named(phase, config, blueprint, platform):
-        runner = build(blueprint, config, platform, groups, phase)
-        report = measure(runner, config, phase)
+    with opened as groups:
+        report = benchmark(blueprint, config, platform, groups)
         if world.rank == 0:
             write_train(report, bench.output_dir)
+
+
+def benchmark(
+    blueprint: Blueprint, config: TrainBenchConfig, platform: Platform, groups: "Groups"
+) -> TrainReport:
+    """The measurement on open groups; call on every rank. Raises TrainingError where memory is not enough."""
+    phase = Phase()
+    with _memory_named(phase, config, blueprint, platform):
+        return measure(build(blueprint, config, platform, groups, phase), config, phase)
 
 
 def build(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
+from launch.tiny import build_tokenizer, save_random_model, texts
+
 _COMMON: Mapping[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4,
     "num_hidden_layers": 4, "vocab_size": 512, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
@@ -50,26 +52,13 @@ MOE_MODELS: Mapping[str, Any] = {
 def save_tiny_model(
     name: str, directory: Path, *, dtype: torch.dtype = torch.float32, **overrides: Any
 ) -> Path:
-    """Save a model of MODELS or MOE_MODELS with every weight random: constant norms and biases would hide a
-    wrong order.
-    """
-    torch.manual_seed(1234)
+    """Save a model of MODELS or MOE_MODELS with every weight random."""
     config = {**MODELS, **MOE_MODELS}[name](**overrides)
-    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(99)
-    with torch.no_grad():
-        for weight_name, weight in model.named_parameters():
-            center = 1.0 if "norm" in weight_name else 0.0
-            weight.copy_(center + 0.1 * torch.randn(weight.shape, generator=generator))
-    model.to(dtype).save_pretrained(directory)
-    return directory
+    return save_random_model(config, directory, std=0.1, dtype=dtype)
 
 
 def save_tiny_model_with_words(name: str, directory: Path, **overrides: Any) -> Path:
     """The same with a tokenizer and a chat template."""
-    from launch.tiny import build_tokenizer, texts
-
     directory.mkdir(parents=True, exist_ok=True)
     vocabulary = build_tokenizer(texts(), directory)
     return save_tiny_model(name, directory, vocab_size=vocabulary, **overrides)

@@ -1,6 +1,5 @@
 """Jobs for the worker pool: train a few steps under a layout and hand back losses, gradients and weights."""
 
-import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,17 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from engine.config.options import MoeOptions, OptimizerOptions, ParallelOptions, RecomputeOptions
 from engine.config.parallel import ParallelLayout
-from engine.data.batches import collate
 from engine.data.template import EncodedRow
 from engine.model.lora_spec import CHECKPOINT_PREFIX
-from engine.model.spec import load_model_spec
+from launch.processes import World
+from launch.validate import resume, runs
+from launch.validate.runs import random_rows, release, release_all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +42,6 @@ class LayoutResult:
     ep_rank: int = 0
 
 
-def random_rows(count: int, *, vocabulary: int, longest: int, seed: int) -> list[EncodedRow]:
-    """Rows of uneven length with two supervised stretches each, as a two-turn conversation has."""
-    generator = np.random.default_rng(seed)
-    rows = []
-    for _ in range(count):
-        length = int(generator.integers(longest // 3, longest + 1))
-        supervised = np.zeros(length, dtype=bool)
-        supervised[length // 4 : length // 2] = True
-        supervised[3 * length // 4 : length - 1] = True
-        ids = generator.integers(0, vocabulary, length).astype(np.int32)
-        rows.append(EncodedRow(input_ids=ids, supervised=supervised))
-    return rows
-
-
 def open_run(
     rank: int,
     world_size: int,
@@ -74,32 +59,19 @@ def open_run(
     """Spec, platform, groups, wrapped models with the checkpoint's weights, and optimizer. With `adapter`, a
     PEFT directory, that is what is trained.
     """
-    from converters.adapter import open_adapter
-    from converters.load import load_adapter_weights, load_model_weights
-    from engine.model.provider import build_chunks
-    from engine.runtime import mcore
     from engine.runtime.platform import open_platform
-    from engine.training.optimizer import build_optimizer, wrap_data_parallel
 
-    device = os.environ.get("BRAID_TEST_DEVICE", "cpu")
     platform = open_platform(
-        device=device,
+        device=os.environ.get("BRAID_TEST_DEVICE", "cpu"),
         dtype=dtype,
         transformer_impl=transformer_impl,
         local_rank=rank,
         fp8_recipe=fp8_recipe,
     )
-    spec = load_model_spec(model_dir)
-    layout = ParallelLayout.resolve(parallel, num_layers=spec.num_layers, world_size=world_size)
-    groups = mcore.initialize(layout, platform, seed=1)
-    opened = open_adapter(adapter, spec) if adapter is not None else None
-    lora = opened.lora if opened is not None else None
-    chunks = build_chunks(spec, layout, platform, recompute or RecomputeOptions(), groups, lora, moe)
-    load_model_weights(chunks, model_dir, spec, groups)
-    if opened is not None:
-        load_adapter_weights(chunks, opened, groups)
-    models = wrap_data_parallel(chunks, optimizer, groups)
-    return spec, platform, groups, models, build_optimizer(models, optimizer, groups, platform.dtype)
+    run = runs.open_run(
+        platform, world_size, model_dir, parallel, optimizer, recompute, adapter=adapter, moe=moe
+    )
+    return run.spec, platform, run.groups, run.models, run.optimizer
 
 
 def save_after_idle_step(
@@ -128,7 +100,7 @@ def save_after_idle_step(
         load_checkpoint(Path(resume), TrainerState.read(Path(resume)), models, optim, groups)
     rows = random_rows(2, vocabulary=spec.vocab_size, longest=16, seed=0)
     set_learning_rate(optim, 0.0, 0.0)
-    batches = [collate([row], pad_id=0, pad_to_multiple_of=2) for row in rows]
+    batches = [runs.collate_rows([row], groups.layout) for row in rows]
     train_step(models, optim, batches, groups, platform.device)
     state = TrainerState(
         step=0,
@@ -154,17 +126,8 @@ def save_after_idle_step(
 
 def share_rows(rows: Sequence[EncodedRow], *, groups: Any, size: int) -> list[Any]:
     """A data-parallel rank's micro-batches of `size` rows."""
-    layout = groups.layout
-    mine = rows[groups.dp_rank :: layout.dp]
-    return [
-        collate(
-            mine[i : i + size],
-            pad_id=0,
-            pad_to_multiple_of=layout.micro_batch_multiple,
-            pad_rows_to_multiple_of=layout.document_multiple,
-        )
-        for i in range(0, len(mine), size)
-    ]
+    mine = rows[groups.dp_rank :: groups.layout.dp]
+    return [runs.collate_rows(mine[i : i + size], groups.layout) for i in range(0, len(mine), size)]
 
 
 def train_layout(
@@ -236,37 +199,18 @@ def loss_curve(
     **changes: Any,
 ) -> list[float]:
     """The losses of training, without what large models would take long to hand back."""
-    from engine.training.optimizer import set_learning_rate
-    from engine.training.step import global_totals, train_step
-
     spec, platform, groups, models, optim = open_run(
         rank, world_size, model_dir, ParallelOptions(), optimizer, **changes
     )
-    losses = []
-    for rows, learning_rate in zip(steps, learning_rates, strict=True):
-        set_learning_rate(optim, learning_rate, optimizer.weight_decay)
-        result = train_step(
-            models, optim, share_rows(rows, groups=groups, size=micro_batch_size), groups, platform.device
-        )
-        done = (result.losses, result.micro_batches)
-        losses.append(global_totals(*done, spec.train_flops_per_token, groups, platform.device).loss)
+    run = runs.OpenRun(spec=spec, platform=platform, groups=groups, models=models, optimizer=optim)
+    batches = [share_rows(rows, groups=groups, size=micro_batch_size) for rows in steps]
+    losses = runs.train(run, optimizer, batches, learning_rates).losses
     release(models)
     return losses
 
 
 def _named(kind: str, tensors: dict[str, Any]) -> dict[str, Any]:
     return {f"{kind} {name}": tensor for name, tensor in tensors.items()}
-
-
-def release(models: Sequence[Any]) -> None:
-    """Break the cycles through autograd's hooks, which Python's collector cannot see: they would keep every
-    model, and with it the threads of its gloo groups, alive in the reused workers.
-    """
-    for model in models:
-        if "rows" in vars(model):  # of Megatron-FSDP, which gathers ahead for a next step, and wraps twice
-            model.stop_communication()
-            vars(model.module).clear()
-        vars(model).clear()
 
 
 def local_tensors(
@@ -335,27 +279,7 @@ def merge(results: Sequence[LayoutResult], weight_map: dict[str, Any], kind: str
 
 
 def run_sft(rank: int, world_size: int, *, argv: Sequence[str]) -> None:
-    """`braid sft` on an open group: everything that a worker does between opening and closing its
-    processes.
-    """
-    from engine.config.adopt import adopt
-    from engine.config.options import SftConfig
-    from engine.config.parse import parse
-    from engine.runtime import mcore
-    from engine.runtime.platform import open_platform
-    from engine.training.watch import StopRequest, exit_at_once
-    from launch.processes import World
-    from launch.sft import draw, prepare_here, share_data, train
-
-    config, given = parse(SftConfig, argv)
+    """`braid sft` on an open group."""
     world = World(rank=rank, size=world_size, local_rank=rank, local_size=world_size, started=True)
-    blueprint = draw(config, world, adopted=adopt(config, given))
-    dtype = config.model.torch_dtype or "float32"
-    platform = open_platform(device="cpu", dtype=dtype, transformer_impl="torch", local_rank=rank)
-    data = prepare_here(blueprint, world)
-    groups = mcore.initialize(blueprint.layout, platform, seed=config.run.seed)
-    train(blueprint, platform, groups, share_data(data, blueprint), exit_at_once, StopRequest())
-    gc.collect()
-    for found in gc.get_objects():
-        if type(found).__name__ in ("DistributedDataParallel", "Sharded"):
-            release([found])
+    resume.run_sft(world, argv)
+    release_all()
