@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from engine.config.parse import help_text, parse
 from engine.errors import ConfigError, ModelError, first_line
+from launch.record import options_text
 
 if TYPE_CHECKING:
     from engine.model.spec import ModelSpec
@@ -82,11 +83,9 @@ def chat(argv: Sequence[str]) -> int:
 
 
 def _dry_run(options: ChatOptions) -> int:
-    import yaml
-
     model, adapter = places(options.model or "", options.adapter, use_hf=options.use_hf)
     spec, _ = description(model)
-    print(yaml.safe_dump(vars(options), sort_keys=False, allow_unicode=True), end="")
+    print(options_text(vars(options)), end="")
     print(f"model: {model} ({spec.summary()})")
     if adapter is not None:
         print(f"adapter: {adapter}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from engine.config.options import DataOptions, SftConfig
 from engine.config.parse import build, flatten, help_text, options_of, parse
 from engine.errors import ConfigError, ModelError, OutputError
+from launch.record import options_text
 
 if TYPE_CHECKING:
     from engine.data.survey import Part, Survey
@@ -96,8 +97,6 @@ def data(argv: Sequence[str]) -> int:
 
 def _dry_run(config: DataConfig) -> None:
     """Raises UserError for what is wrong with the tokenizer, or a file that is not there."""
-    import yaml
-
     from engine.data.prepare import load_tokenizer
     from engine.data.sources import sizes_of
     from engine.data.template import ChatTemplate
@@ -105,7 +104,7 @@ def _dry_run(config: DataConfig) -> None:
 
     ChatTemplate(load_tokenizer(str(config.report.model)))
     found = [(name, sizes_of(name)) for name in (*config.data.dataset, *config.data.val_dataset)]
-    print(yaml.safe_dump(flatten(config), sort_keys=False, allow_unicode=True), end="")
+    print(options_text(flatten(config)), end="")
     for name, sizes in found:
         if sizes is None:
             print(f"data set {name}: an id, not looked up")

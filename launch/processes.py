@@ -141,6 +141,14 @@ def meeting_place(world: World) -> Any:
     return dist.PrefixStore(f"attempt-{restart_count()}", store)
 
 
+def environment_of_one() -> dict[str, str]:
+    """This process's environment for a command of its own: without what says that there are several
+    processes, and which one this is.
+    """
+    of_ranks = ("RANK", "WORLD_SIZE", "SLURM_PROCID", *ENVIRONMENT)
+    return {name: value for name, value in os.environ.items() if name not in of_ranks}
+
+
 def restart_count() -> int:
     """How often the elastic agent, ours or somebody else's torchrun, has started the ranks again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

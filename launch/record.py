@@ -55,11 +55,17 @@ def git_revision() -> str | None:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
+def options_text(options: Mapping[str, Any]) -> str:
+    """Options as YAML, as `--config` reads them."""
+    import yaml
+
+    return str(yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True))
+
+
 def write_args(path: Path, options: Mapping[str, Any]) -> None:
     """Write the resolved options so that `--config` reads them back, and the rest as comments."""
     import yaml
 
     facts = {"command": shlex.join(sys.argv), "git_revision": git_revision(), "versions": versions()}
     comment = "".join(f"# {line}\n" for line in yaml.safe_dump(facts, sort_keys=False).splitlines())
-    body = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
-    path.write_text(comment + body, encoding="utf-8")
+    path.write_text(comment + options_text(options), encoding="utf-8")

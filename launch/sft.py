@@ -1,6 +1,5 @@
 """`braid sft`: check what can be checked, start the ranks, and on each of them put the run together."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -22,9 +21,9 @@ from launch.blueprint import Blueprint, check_files, draw
 from launch.disk import full_disk_named
 from launch.memory import describe_memory
 from launch.processes import (
-    ENVIRONMENT,
     World,
     attempt_began,
+    environment_of_one,
     find_world,
     give_up,
     launch_environment,
@@ -35,6 +34,7 @@ from launch.processes import (
     start_processes,
     stop_signals,
 )
+from launch.record import options_text, write_args
 
 if TYPE_CHECKING:
     from engine.data.loader import Loader
@@ -75,14 +75,13 @@ def sft(argv: Sequence[str]) -> int:
 
 
 def _dry_run(blueprint: Blueprint) -> int:
-    import yaml
 
     from engine.data.prepare import prepare
 
     check_files(blueprint)
     data = prepare(blueprint.config.data, blueprint.model_dir, seed=blueprint.config.run.seed)
     data.check_vocabulary(blueprint.spec.vocab_size)
-    print(yaml.safe_dump(flatten(blueprint.config), sort_keys=False, allow_unicode=True), end="")
+    print(options_text(flatten(blueprint.config)), end="")
     print(blueprint.summary())
     print(describe_memory(blueprint))
     if summary := data.summary():
@@ -101,16 +100,9 @@ def _worker(config: SftConfig, adopted: Adoption | None, world: World, place: li
     blueprint = draw(config, world, adopted=adopted)
     if world.rank == 0:
         check_files(blueprint)
-    from engine.runtime.platform import open_platform
+    from engine.runtime.platform import open_platform_of
 
-    options = config.model
-    platform = open_platform(
-        device=options.device,
-        dtype=options.torch_dtype,
-        transformer_impl=options.transformer_impl,
-        local_rank=world.local_rank,
-        fp8_recipe=options.fp8_recipe,
-    )
+    platform = open_platform_of(config.model, world.local_rank)
     startup.mark("imports")
     data = prepare_here(blueprint, world)
     startup.mark("data")
@@ -321,11 +313,9 @@ def export_beside(output_dir: Path, lora: bool, checkpoint: Path) -> None:
     target = output_dir / f"{'adapter' if lora else 'hf'}-{step}"
     shutil.rmtree(target, ignore_errors=True)
     words = ["convert", "--to", "hf", "--checkpoint", str(checkpoint), "--output_dir", str(target)]
-    of_ranks = ("RANK", "WORLD_SIZE", "SLURM_PROCID", *ENVIRONMENT)
-    environment = {name: value for name, value in os.environ.items() if name not in of_ranks}
     done = subprocess.run(
         [sys.executable, "-m", "launch.cli", *words, "--workers", "1"],
-        env=environment,
+        env=environment_of_one(),
         capture_output=True,
         text=True,
         check=False,
@@ -336,8 +326,6 @@ def export_beside(output_dir: Path, lora: bool, checkpoint: Path) -> None:
 
 
 def _announce(blueprint: Blueprint, data: "PreparedData", train_data: "Loader | StreamLoader") -> None:
-    from launch.record import write_args
-
     blueprint.output_dir.mkdir(parents=True, exist_ok=True)
     write_args(blueprint.output_dir / "args.yaml", flatten(blueprint.config))
     print(blueprint.summary())

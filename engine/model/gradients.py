@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from engine.runtime.kernels import add_product, compiles_for, product
+from engine.runtime.kernels import add_product, product
 
 
 def gradient_buffer(weight: Tensor) -> Tensor | None:
@@ -34,16 +34,13 @@ def give_product(weight: Tensor, grads: Tensor, inputs: Tensor) -> Tensor:
 
 
 def give_sums(weight: Tensor, parts: Tensor) -> Tensor:
-    """Add the gradient of a weight [n], which is the sum of `parts` float32 [parts, n], to Megatron's buffer;
-    what a backward pass then returns for it, as `give_product`.
+    """Add the gradient of a weight [n], which a kernel has left in parts, float32 [parts, n], to Megatron's
+    buffer; what a backward pass then returns for it, as `give_product`.
     """
+    from engine.model.triton_kernels import add_column_sums
+
     buffer = gradient_buffer(weight)
     if buffer is None:
         return parts.sum(0).to(weight.dtype)
-    if compiles_for(parts) and buffer.dtype == parts.dtype:
-        from engine.model.triton_kernels import add_column_sums
-
-        add_column_sums(parts, buffer)
-    else:
-        buffer += parts.sum(0)
+    add_column_sums(parts, buffer)
     return added(weight)

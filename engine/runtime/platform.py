@@ -20,6 +20,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from engine.config.device import check_layers
+from engine.config.options import ModelOptions
 from engine.errors import ConfigError
 
 # Factory functions that Megatron calls with device="cuda" (or the current device).
@@ -73,6 +74,17 @@ class Platform:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def open_platform_of(options: ModelOptions, local_rank: int) -> Platform:
+    """`open_platform` as the options of a run have it."""
+    return open_platform(
+        device=options.device,
+        dtype=options.torch_dtype,
+        transformer_impl=options.transformer_impl,
+        local_rank=local_rank,
+        fp8_recipe=options.fp8_recipe,
+    )
 
 
 def open_platform(

@@ -2,13 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-import yaml
-
 from engine.config.bench import CommBenchConfig, SweepBenchConfig, TrainBenchConfig
 from engine.config.parse import flatten
 from launch.bench.paper import draw_bench, total_steps
 from launch.gpu import visible_card
 from launch.processes import World
+from launch.record import options_text
 
 if TYPE_CHECKING:
     from engine.config.parallel import ParallelLayout
@@ -25,7 +24,7 @@ def dry_train(config: TrainBenchConfig, world: World) -> None:
     sequences = total_steps(config) * blueprint.shape.global_batch_size
     store = random_store(bench, sequences=sequences, vocab_size=blueprint.spec.vocab_size)
     loader = training_loader(blueprint, PreparedData(train=store, evaluation=None), dp_rank=0)
-    _print_options(config)
+    print(options_text(flatten(config)), end="")
     print(f"{blueprint.summary()}\n{describe_memory(blueprint)}\n{describe(loader)}")
     rest = total_steps(config) - bench.warmup_steps - bench.steps
     print(f"{bench.warmup_steps} steps of warm-up, {bench.steps} measured, {rest} under timers or traced")
@@ -41,7 +40,7 @@ def dry_comm(config: CommBenchConfig, world: World) -> None:
     on_cpu = options.device == "cpu" or (options.device == "auto" and card is None)
     sizes = parse_sizes(options.sizes) or SIZES[on_cpu]
     groups = ", ".join(f"{name} ({ranks})" for name, ranks in group_sizes(layout).items())
-    _print_options(config)
+    print(options_text(flatten(config)), end="")
     print(f"layout: {layout.summary()}\n{layout.grid()}")
     print(f"groups (ranks): {groups}, over {'gloo' if on_cpu else 'nccl'}")
     print(f"messages: {', '.join(size_name(size) for size in sizes)}")
@@ -72,7 +71,7 @@ def dry_sweep(config: SweepBenchConfig, world: World) -> None:
 
     check_sweep(config, world)
     candidates, refused = draw_sweep(config, world)
-    _print_options(config)
+    print(options_text(flatten(config)), end="")
     rows, dtype = [], ""
     for candidate in candidates:
         blueprint = draw_bench(train_config(config, candidate), world)
@@ -90,7 +89,3 @@ def dry_sweep(config: SweepBenchConfig, world: World) -> None:
     print(f"{len(refused)} combinations do not fit")
     for name, reason in refused.items():
         print(f"  {name}: {reason}")
-
-
-def _print_options(config: TrainBenchConfig | CommBenchConfig) -> None:
-    print(yaml.safe_dump(flatten(config), sort_keys=False, allow_unicode=True), end="")

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from launch.bench.paper import check_outputs, draw_bench, read_spec
 from launch.bench.ranks import command_line
 from launch.gpu import visible_card
 from launch.memory import check_card
-from launch.processes import ENVIRONMENT, World
+from launch.processes import ENVIRONMENT, World, environment_of_one
 from launch.record import git_revision, versions
 
 if TYPE_CHECKING:
@@ -206,8 +205,7 @@ def _as_words(value: Any) -> list[str]:
 
 def _run_case(config: SweepBenchConfig, candidate: Candidate, world: World, directory: Path) -> Case:
     """Run a candidate in processes of its own."""
-    environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
-    environment["NPROC_PER_NODE"] = str(world.local_size)
+    environment = environment_of_one() | {"NPROC_PER_NODE": str(world.local_size)}
     process = subprocess.Popen(
         [sys.executable, "-m", "launch.cli", *case_words(config, candidate, directory)],
         env=environment,

@@ -17,7 +17,7 @@ from engine.config.bench import TrainBenchConfig
 from engine.config.parse import flatten
 from engine.data.loader import StepBatch
 from engine.errors import TrainingError
-from engine.runtime.platform import Platform, open_platform
+from engine.runtime.platform import Platform, open_platform_of
 from launch.batching import describe, training_loader
 from launch.bench.breakdown import Breakdown, measure_breakdown
 from launch.bench.data import random_store
@@ -94,13 +94,7 @@ def run(config: TrainBenchConfig, world: World, place: list[str]) -> None:
     bench = config.bench
     if world.rank == 0:
         check_outputs(bench.output_dir, bench.trace)
-    platform = open_platform(
-        device=config.model.device,
-        dtype=config.model.torch_dtype,
-        transformer_impl=config.model.transformer_impl,
-        local_rank=world.local_rank,
-        fp8_recipe=config.model.fp8_recipe,
-    )
+    platform = open_platform_of(config.model, world.local_rank)
     opened = opened_groups(
         blueprint.layout, platform, world, place, seed=bench.seed, deterministic=bench.deterministic
     )

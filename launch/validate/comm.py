@@ -32,12 +32,10 @@ def tasks(setup: Setup) -> list[Task]:
 def perform(task: Task, setup: Setup, world: World) -> dict[str, Any]:
     """Measure on every rank of an open default group."""
     from engine.runtime import mcore
-    from engine.runtime.platform import open_platform
     from launch.bench.comm import measure_groups, parse_sizes
+    from launch.validate.runs import platform_for
 
-    platform = open_platform(
-        device=setup.device, dtype="float32", transformer_impl="torch", local_rank=world.local_rank
-    )
+    platform = platform_for(setup, world)
     stages = task.layout.pp * task.layout.vpp
     layout = ParallelLayout.resolve(task.layout.parallel(), num_layers=stages, world_size=world.size)
     groups = mcore.initialize(layout, platform, seed=0)

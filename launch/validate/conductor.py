@@ -1,7 +1,6 @@
 """Gets tasks done by crews: starts one, watches it, and starts another when it was ended before the last."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from engine.config.parse import build, flatten
 from launch.bench.output import write_json
 from launch.bench.sweep import end_process, failure_reason
-from launch.processes import ENVIRONMENT
+from launch.processes import environment_of_one
 from launch.validate import comm, curves, parity, resume, speed
 from launch.validate.crew import AGAIN
 from launch.validate.models import build_models
@@ -89,8 +88,7 @@ def _run_crew(setup: Setup, tasks: Sequence[Task], clock: Clock, log: Path) -> N
         "tasks": [task.id for task in tasks],
     }
     write_json(setup.root / CREW, orders)
-    environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
-    environment["NPROC_PER_NODE"] = str(setup.ranks)
+    environment = environment_of_one() | {"NPROC_PER_NODE": str(setup.ranks)}
     command = [sys.executable, "-m", "launch.cli", "validate", "crew", str(setup.root / CREW)]
     with log.open("w") as printed:
         process = subprocess.Popen(command, env=environment, stdout=printed, stderr=printed)

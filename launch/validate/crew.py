@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import first_line
 from launch.processes import World, meeting_place, open_world
 from launch.validate import comm, curves, parity, resume, speed
 from launch.validate.tasks import Failure, Setup, Task
@@ -45,7 +46,6 @@ def serve(world: World, setup: Setup, tasks: Sequence[Task]) -> None:
     """Go through the tasks, the same list on every rank; tasks of one rank are dealt out."""
     open_world(world)
     store, alone = meeting_place(world), 0
-    frozen = False
     for number, task in enumerate(tasks):
         if task.layout.ranks == 1:
             owner, alone = alone % world.size, alone + 1
@@ -53,10 +53,9 @@ def serve(world: World, setup: Setup, tasks: Sequence[Task]) -> None:
                 _take_alone(task, setup, world)
         elif world.rank < task.layout.ranks:
             _take(task, setup, replace(world, size=task.layout.ranks), store, str(number))
-        if not frozen:
+        if number == 0:
             # What is imported stays; leaving it out makes every later collection much faster.
             gc.freeze()
-            frozen = True
 
 
 def _take_alone(task: Task, setup: Setup, world: World) -> None:
@@ -93,7 +92,7 @@ def _take(task: Task, setup: Setup, world: World, store: "Store", key: str) -> N
 def _failure(error: Exception) -> Failure:
     import torch
 
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    text = f"{type(error).__name__}: {first_line(error)}"
     oom = isinstance(error, torch.OutOfMemoryError) or "out of memory" in text
     return Failure(message=text, oom=oom)
 
@@ -104,11 +103,9 @@ def _open_group(world: World, setup: Setup, store: Any, key: str) -> Iterator[No
     import torch.distributed as dist
 
     from engine.runtime import mcore
-    from engine.runtime.platform import open_platform
+    from launch.validate.runs import platform_for
 
-    platform = open_platform(
-        device=setup.device, dtype="float32", transformer_impl="torch", local_rank=world.local_rank
-    )
+    platform = platform_for(setup, world)
     mcore.adapt_megatron(platform)
     dist.init_process_group(
         platform.backend,

@@ -8,7 +8,7 @@ from launch.bench.output import Table
 from launch.processes import World
 from launch.validate.layouts import ONE
 from launch.validate.models import EXPERTS
-from launch.validate.parity import ADAM_EPSILON, layers_of
+from launch.validate.parity import ADAM_EPSILON
 from launch.validate.tasks import Setup, Task
 from launch.validate.verdict import PartReport, bounded, distance, largest, missing
 
@@ -41,15 +41,9 @@ def _model(experts: bool) -> str:
 
 def perform(task: Task, setup: Setup, world: World) -> dict[str, Any]:
     """Train on every rank of an open default group."""
-    from engine.runtime.platform import open_platform
     from launch.validate import runs
 
-    platform = open_platform(
-        device=setup.device,
-        dtype=task.variant,
-        transformer_impl=layers_of(setup, task.variant),
-        local_rank=world.local_rank,
-    )
+    platform = runs.platform_for(setup, world, task.variant)
     options, count = task.layout.optimizer(adam_epsilon=ADAM_EPSILON), setup.config.validate.steps
     model_dir = str(setup.model_dir(task.model))
     run = runs.open_run(platform, world.size, model_dir, task.layout.parallel(), options)

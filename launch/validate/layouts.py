@@ -104,6 +104,9 @@ _LAYOUTS: Mapping[int, tuple[Layout, ...]] = {
 }
 
 
+NAMES = frozenset(layout.name for layouts in _LAYOUTS.values() for layout in layouts)
+
+
 def layouts_of(ranks: int, names: list[str] | None = None) -> list[Layout]:
     """The layouts of a machine with this many GPUs, or those of them that are named. Raises ConfigError."""
     if ranks not in _LAYOUTS:

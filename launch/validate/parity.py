@@ -45,15 +45,9 @@ def perform(task: Task, setup: Setup, world: World) -> dict[str, Any]:
 
 def _train(task: Task, setup: Setup, world: World, model: str, dtype: str) -> Any:
     from engine.runtime import mcore
-    from engine.runtime.platform import open_platform
     from launch.validate import runs
 
-    platform = open_platform(
-        device=setup.device,
-        dtype=dtype,
-        transformer_impl=layers_of(setup, dtype),
-        local_rank=world.local_rank,
-    )
+    platform = runs.platform_for(setup, world, dtype)
     options = task.layout.optimizer(adam_epsilon=ADAM_EPSILON)
     run = runs.open_run(platform, world.size, str(setup.model_dir(model)), task.layout.parallel(), options)
     steps = [
@@ -70,11 +64,6 @@ def _train(task: Task, setup: Setup, world: World, model: str, dtype: str) -> An
     runs.release(run.models)
     mcore.destroy()  # the next run of this task opens groups of its own
     return curve
-
-
-def layers_of(setup: Setup, dtype: str) -> str:
-    """Transformer Engine's attention knows no fp32."""
-    return "torch" if dtype == "float32" or setup.on_cpu else setup.config.validate.transformer_impl
 
 
 def judge(setup: Setup) -> PartReport:

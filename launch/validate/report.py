@@ -14,8 +14,7 @@ from launch.bench.ranks import Environment, command_line
 from launch.gpu import visible_card
 from launch.record import git_revision, versions
 from launch.validate import comm, curves, doctor, parity, resume, speed
-from launch.validate.layouts import layouts_of
-from launch.validate.options import ValidateConfig
+from launch.validate.layouts import NAMES, layouts_of
 from launch.validate.tasks import Setup
 from launch.validate.verdict import Check, PartReport
 
@@ -72,10 +71,9 @@ def write_report(setup: Setup) -> int:
 
 def passes(reports: Sequence[PartReport], parts: Sequence[str], layouts: Sequence[str]) -> bool:
     """Whether nothing failed, and nothing of the parts and layouts that were asked for is missing."""
-    everything = {name for rank in (2, 4, 8) for name in (layout.name for layout in layouts_of(rank))}
 
     def counts(check: Check) -> bool:
-        return check.part in parts and (check.layout not in everything or check.layout in layouts)
+        return check.part in parts and (check.layout not in NAMES or check.layout in layouts)
 
     checks = [check for report in reports for check in report.checks]
     failed = any(check.state == "failed" for check in checks)
@@ -93,10 +91,7 @@ def _with_known_layouts(setup: Setup) -> Setup:
         if any((setup.root / part / layout.name).exists() for part in ("comm", "parity", "curves", "resume")):
             names.append(layout.name)
     options = replace(setup.config.validate, layouts=names)
-    config = ValidateConfig(
-        validate=options, speed=setup.config.speed, bounds=setup.config.bounds, launch=setup.config.launch
-    )
-    return Setup(config=config, ranks=setup.ranks, on_cpu=setup.on_cpu)
+    return replace(setup, config=replace(setup.config, validate=options))
 
 
 def _environment(setup: Setup) -> Environment:

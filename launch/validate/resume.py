@@ -1,7 +1,6 @@
 """Part resume: a run of `braid sft` is killed, and goes on from its checkpoint under every layout."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 from launch.bench.output import Table
 from launch.bench.sweep import end_process, failure_reason
-from launch.processes import ENVIRONMENT, World, give_up
+from launch.processes import World, environment_of_one, give_up
 from launch.tiny import DATA_DIR
 from launch.validate.layouts import Layout, layouts_of
 from launch.validate.models import EXPERTS
@@ -49,17 +48,22 @@ def kills(setup: Setup) -> list[Task]:
     for layout in layouts_of(setup.ranks):
         first.setdefault(layout.experts, layout)
     kinds = {layout.experts for layout in setup.layouts}
-    return [_killed(layout, EXPERTS if kind else _DENSE) for kind, layout in first.items() if kind in kinds]
+    models = {EXPERTS if kind else _DENSE: layout for kind, layout in first.items() if kind in kinds}
+    return [
+        Task(part="resume", name=f"killed-{model}", layout=layout, model=model, variant="killed")
+        for model, layout in models.items()
+    ]
 
 
-def _killed(layout: Layout, model: str) -> Task:
-    return Task(part="resume", name=f"killed-{model}", layout=layout, model=model, variant="killed")
+def _stop(task: Task, setup: Setup) -> tuple[Task, dict[str, Any] | None]:
+    """The killed run of a task's model, and what became of it."""
+    (killed,) = (one for one in kills(setup) if one.model == task.model)
+    return killed, setup.result(killed)
 
 
 def ready(task: Task, setup: Setup) -> bool:
     """Whether there is something to go on from, where a task has to."""
-    (killed,) = (one for one in kills(setup) if one.model == task.model)
-    return task.variant == "straight" or setup.result(killed) is not None
+    return task.variant == "straight" or _stop(task, setup)[1] is not None
 
 
 def kill(task: Task, setup: Setup, timeout: float) -> None:
@@ -70,8 +74,7 @@ def kill(task: Task, setup: Setup, timeout: float) -> None:
 
     setup.forget(task)
     output = setup.folder(task) / "run"
-    environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
-    environment["NPROC_PER_NODE"] = str(task.layout.ranks)
+    environment = environment_of_one() | {"NPROC_PER_NODE": str(task.layout.ranks)}
     log = setup.folder(task) / "log.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "launch.cli", "sft", *_words(task, setup)]
@@ -102,8 +105,7 @@ def perform(task: Task, setup: Setup, world: World) -> dict[str, Any]:
 
     words = _words(task, setup)
     if task.variant != "straight":
-        (killed,) = (one for one in kills(setup) if one.model == task.model)
-        result = setup.result(killed)
+        killed, result = _stop(task, setup)
         assert result is not None
         checkpoint = setup.folder(killed) / "run" / result["checkpoint"]
         words += ["--resume_from_checkpoint", str(checkpoint)]
@@ -124,20 +126,14 @@ def run_sft(world: World, argv: Sequence[str]) -> None:
     from engine.config.options import SftConfig
     from engine.config.parse import parse
     from engine.runtime import mcore
-    from engine.runtime.platform import open_platform
+    from engine.runtime.platform import open_platform_of
     from engine.training.watch import StopRequest
     from launch.blueprint import draw
     from launch.sft import prepare_here, settle_resume, share_data, train
 
     config, given = parse(SftConfig, argv)
     blueprint = draw(config, world, adopted=adopt(config, given))
-    options = config.model
-    platform = open_platform(
-        device=options.device,
-        dtype=options.torch_dtype,
-        transformer_impl=options.transformer_impl,
-        local_rank=world.local_rank,
-    )
+    platform = open_platform_of(config.model, world.local_rank)
     data = prepare_here(blueprint, world)
     groups = mcore.initialize(blueprint.layout, platform, seed=config.run.seed)
     blueprint = settle_resume(blueprint, world)

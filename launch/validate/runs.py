@@ -13,7 +13,9 @@ from engine.data.batches import MicroBatch, collate
 from engine.data.template import EncodedRow
 from engine.model.spec import ModelSpec, load_model_spec
 from engine.runtime.mcore import Groups
-from engine.runtime.platform import Platform
+from engine.runtime.platform import Platform, open_platform
+from launch.processes import World
+from launch.validate.tasks import Setup
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,17 @@ class Curve:
 
     losses: list[float]
     grad_norms: list[float]
+
+
+def platform_for(setup: Setup, world: World, dtype: str = "float32") -> Platform:
+    """A rank's device. Transformer Engine's attention knows no fp32."""
+    plain = dtype == "float32" or setup.on_cpu
+    return open_platform(
+        device=setup.device,
+        dtype=dtype,
+        transformer_impl="torch" if plain else setup.config.validate.transformer_impl,
+        local_rank=world.local_rank,
+    )
 
 
 def open_run(

@@ -104,18 +104,11 @@ def _card(on_cpu: bool) -> Card | None:
 def perform(task: Task, setup: Setup, world: World) -> dict[str, Any]:
     """Measure on every rank of an open default group."""
     from engine.runtime import mcore
-    from engine.runtime.platform import open_platform
+    from engine.runtime.platform import open_platform_of
     from launch.bench.train import benchmark
 
     config = configure(task, setup)
-    blueprint, options = draw_bench(config, world), config.model
-    platform = open_platform(
-        device=options.device,
-        dtype=options.torch_dtype,
-        transformer_impl=options.transformer_impl,
-        local_rank=world.local_rank,
-        fp8_recipe=options.fp8_recipe,
-    )
+    blueprint, platform = draw_bench(config, world), open_platform_of(config.model, world.local_rank)
     groups = mcore.initialize(blueprint.layout, platform, seed=config.bench.seed)
     return benchmark(blueprint, config, platform, groups).record()
 

@@ -8,7 +8,6 @@ figure is to be read against is printed beside it.
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 from launch.bench.output import write_json
 from launch.bench.sweep import end_process, ending_on_sigterm, failure_reason
-from launch.processes import ENVIRONMENT
+from launch.processes import environment_of_one
 from tests.bench.gpu_cases import ROWS_MULTIPLE, Case, Settings, all_cases, chosen
 from tests.bench.gpu_table import FAILURE, RESULT, outcome, read_row, read_rows, table, write
 
@@ -135,10 +134,9 @@ def run(
 def run_case(case: Case, settings: Settings, directory: Path, timeout: float) -> None:
     """Run a case; its directory then has bench.json, or failure.json, and what was printed."""
     shutil.rmtree(directory, ignore_errors=True)  # of a case that was cut off, or failed
-    environment = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}
     process = subprocess.Popen(
         case.command(settings, directory),
-        env=environment,
+        env=environment_of_one(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

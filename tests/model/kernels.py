@@ -54,15 +54,19 @@ def tables(tokens: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assert_sums(parts: Tensor | None, wanted: Tensor) -> None:
-    """Parts of a gradient, [parts, n], add up to it, on top of what is there."""
-    import engine.model.triton_kernels as kernels
+    """Parts of a gradient, [parts, n], add up to it, on top of what Megatron's buffer has."""
+    from engine.model.gradients import give_sums
 
     assert parts is not None
     assert parts.shape[1:] == wanted.shape
     total = numbers(*wanted.shape, like=parts, seed=8)
     truth = total.double() + wanted
-    kernels.add_column_sums(parts, total)
+    weight = torch.empty(wanted.shape, device=parts.device)
+    weight.main_grad = total
+    give_sums(weight, parts)
+    assert weight.grad_added_to_main_grad
     assert_close(total, truth, torch.float32)
+    assert_close(give_sums(torch.empty_like(weight), parts), wanted, torch.float32)
 
 
 def check_norm(like: Tensor, shape: Sequence[int]) -> None:

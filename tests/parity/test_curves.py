@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from engine.config.options import OptimizerOptions
-from engine.data.template import EncodedRow
+from launch.validate.runs import successor_rows
 from tests.support.training import loss_curve
 from tests.support.workers import WorkerPool
 
@@ -53,23 +53,6 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(directory)
 
 
-def rows() -> list[list[EncodedRow]]:
-    """Each symbol has two likely successors: there is something to learn in 50 steps."""
-    random = np.random.default_rng(3)
-    successors = random.integers(0, SYMBOLS, (SYMBOLS, 2))
-    steps = []
-    for _ in range(STEPS):
-        batch = []
-        for _ in range(ROWS):
-            ids = np.empty(TOKENS, dtype=np.int32)
-            ids[0] = random.integers(SYMBOLS)
-            for place in range(1, TOKENS):
-                ids[place] = successors[ids[place - 1], int(random.random() < 0.3)]
-            batch.append(EncodedRow(input_ids=ids, supervised=np.arange(TOKENS) > 0))
-        steps.append(batch)
-    return steps
-
-
 def train(gpus: WorkerPool, model_dir: str, **changes: object) -> np.ndarray:
     optimizer = OptimizerOptions(**changes.pop("optimizer", {}))  # type: ignore[arg-type]
     rates = [3e-4 * min(1.0, (step + 1) / 10) for step in range(STEPS)]
@@ -78,7 +61,7 @@ def train(gpus: WorkerPool, model_dir: str, **changes: object) -> np.ndarray:
         1,
         model_dir=model_dir,
         optimizer=optimizer,
-        steps=rows(),
+        steps=successor_rows(STEPS, ROWS, tokens=TOKENS, symbols=SYMBOLS),
         learning_rates=rates,
         micro_batch_size=4,
         **changes,
