@@ -3,7 +3,7 @@
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,14 +122,16 @@ def measure_groups(
     platform: "Platform",
     sizes: Sequence[int],
     iterations: int | None = None,
+    only: Collection[str] | None = None,
 ) -> CommReport:
-    """Time every operation of every group at every size; call on every rank."""
+    """Time every operation of every group, or of those in `only`, at every size; call on every rank."""
     from launch.bench.collectives import FACTORS
 
     iterations = iterations or ITERATIONS[platform.is_cpu]
     exchanges = [
         measure(name, group, operation, size, iterations, platform)
         for name, group in process_groups(groups).items()
+        if only is None or name in only
         for operation in FACTORS
         for size in sizes
     ]

@@ -15,17 +15,18 @@ _SIZES = {False: ["1MiB", "16MiB", "256MiB"], True: ["64KiB", "1MiB"]}
 
 
 def tasks(setup: Setup) -> list[Task]:
-    """Layouts that have kinds of groups which none before them has."""
+    """Layouts that have kinds of groups which none before them has, and which those are."""
     found: list[Task] = []
     seen: set[tuple[str, int]] = set()
     for layout in setup.layouts:
         stages = ParallelLayout.resolve(
             layout.parallel(), num_layers=layout.pp * layout.vpp, world_size=layout.ranks
         )
-        groups = set(group_sizes(stages).items())
-        if groups - seen:
-            seen |= groups
-            found.append(Task(part="comm", name=layout.name, layout=layout))
+        groups = group_sizes(stages)
+        new = [name for name, ranks in groups.items() if (name, ranks) not in seen]
+        if new:
+            seen |= set(groups.items())
+            found.append(Task(part="comm", name=layout.name, layout=layout, variant=",".join(new)))
     return found
 
 
@@ -40,7 +41,7 @@ def perform(task: Task, setup: Setup, world: World) -> dict[str, Any]:
     layout = ParallelLayout.resolve(task.layout.parallel(), num_layers=stages, world_size=world.size)
     groups = mcore.initialize(layout, platform, seed=0)
     sizes = parse_sizes(setup.config.validate.comm_sizes or _SIZES[setup.on_cpu])
-    return measure_groups(layout, groups, platform, sizes).record()
+    return measure_groups(layout, groups, platform, sizes, only=task.variant.split(",")).record()
 
 
 def judge(setup: Setup) -> PartReport:

@@ -64,7 +64,7 @@ def write_report(setup: Setup) -> int:
     verdict = "Every layout passed." if passed else "Not every layout passed."
     markdown = [f"# braid validate: {setup.ranks} x {environment.device}", verdict, provenance(environment)]
     markdown += [summary.markdown(), *_failures(reports), *(_section(report) for report in reports)]
-    write_files(setup.root, "report", record, "\n\n".join(markdown), _picture(seen, reports))
+    write_files(setup.root, "report", record, "\n\n".join(markdown), _picture(reports))
     print(verdict, flush=True)
     return 0 if passed else 1
 
@@ -136,14 +136,13 @@ def _section(report: PartReport) -> str:
     return "\n\n".join([f"## {report.title}: {report.state}", *report.notes, *tables])
 
 
-def _picture(setup: Setup, reports: Sequence[PartReport]) -> "Figure":
+def _picture(reports: Sequence[PartReport]) -> "Figure":
     """Loss curves, speed and bandwidth, as far as they are there."""
     found = {report.part: report.record for report in reports}
-    figure = new_figure(width=16, height=4.5)
-    left, middle, right = figure.subplots(1, 3)
-    _draw_curves(left, found.get("curves", {}))
-    _draw_speed(middle, found.get("speed", {}))
-    _draw_bandwidth(right, found.get("comm", {}))
+    drawn = {part: draw for part, draw in _PANELS.items() if found.get(part)}
+    figure = new_figure(width=max(1, len(drawn)) * 5.5, height=4.5)
+    for place, (part, draw) in enumerate(drawn.items(), start=1):
+        draw(figure.add_subplot(1, len(drawn), place), found[part])
     return figure
 
 
@@ -153,8 +152,7 @@ def _draw_curves(axes: "Axes", curves: dict[str, Any]) -> None:
         axes.plot(range(1, len(losses) + 1), losses, label=name, linewidth=2.5 if one else 1, alpha=0.8)
     axes.set_title("loss")
     axes.set_xlabel("step")
-    if curves:
-        axes.legend(fontsize=6)
+    axes.legend(fontsize=6)
 
 
 def _draw_speed(axes: "Axes", results: dict[str, Any]) -> None:
@@ -171,11 +169,13 @@ def _draw_speed(axes: "Axes", results: dict[str, Any]) -> None:
 def _draw_bandwidth(axes: "Axes", results: dict[str, Any]) -> None:
     """Of the largest messages."""
     bars: dict[str, float] = {}
-    for layout, exchanges in results.items():
-        for one in exchanges:  # sizes come in order
-            if one["bus_gb_s"] is not None:
-                bars[f"{layout} {one['group']} ({one['ranks']}) {one['operation']}"] = one["bus_gb_s"]
+    for one in (one for exchanges in results.values() for one in exchanges):  # sizes come in order
+        if one["bus_gb_s"] is not None:
+            bars[f"{one['group']} ({one['ranks']}) {one['operation']}"] = one["bus_gb_s"]
     axes.barh(list(bars), list(bars.values()))
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=5)
     axes.set_title("bus bandwidth, GB/s, largest message")
+
+
+_PANELS = {"curves": _draw_curves, "speed": _draw_speed, "comm": _draw_bandwidth}

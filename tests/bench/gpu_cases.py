@@ -157,7 +157,7 @@ def _peer_names(shape: str, kind: str = "") -> dict[str, str]:
 
 
 def _lora(shape: str, *, target: str) -> list[Case]:
-    return _pair(f"{shape}-lora", shape, _LORA, 2, target=target)
+    return _pair(f"{shape}-lora", shape, _LORA, 4, target=target)
 
 
 def _fp8() -> list[Case]:

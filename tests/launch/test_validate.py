@@ -18,7 +18,7 @@ from engine.config.parse import parse
 from engine.model.spec import model_spec_from_config
 from launch.blueprint import lay_out
 from launch.cli import main
-from launch.validate import conductor, curves, parity, speed
+from launch.validate import comm, conductor, curves, parity, speed
 from launch.validate.conductor import Clock
 from launch.validate.efficiency import ideal_bubble, measured_bubble, ratio
 from launch.validate.layouts import ONE, Layout, data_parallel, layouts_of
@@ -142,6 +142,13 @@ def test_experts_and_dense_layouts_have_their_own_models(tmp_path: Path) -> None
     moe = setup_of(tmp_path, "--layouts", "EP2,PP2", "--shape", "tiny-moe", "--scaling_shape", "tiny")
     names = [task.name for task in speed.tasks(moe)]
     assert names == ["tiny-moe-one", "tiny-moe-EP2", "tiny-one", "tiny-DP2", "tiny-TP2"]
+
+
+def test_a_kind_of_group_is_measured_once(tmp_path: Path) -> None:
+    tasks = comm.tasks(setup_of(tmp_path, "--layouts", "TP2,CP2-a2a,CP2-all_gather,EP2xTP2"))
+    assert [(task.name, task.variant) for task in tasks] == [
+        ("TP2", "tp,world"), ("CP2-all_gather", "cp,dp_cp"), ("EP2xTP2", "ep"),
+    ]  # fmt: skip
 
 
 def test_a_layout_that_a_shape_does_not_have_does_not_fail(tmp_path: Path) -> None:

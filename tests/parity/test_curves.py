@@ -18,20 +18,20 @@ SHAPE = {
     "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
 }  # fmt: skip
 # Arithmetic, layers, recipe -> how far the mean loss of the last ten steps and that of any step may be from
-# fp32, relative.
+# fp32, relative; three times what an H200 measured at any step (0.0035 in bf16, 0.0044 in fp8).
 CASES = {
-    "bf16 torch": ({"transformer_impl": "torch"}, 0.01, 0.03),
+    "bf16 torch": ({"transformer_impl": "torch"}, 1e-3, 0.01),
     "bf16 torch, moments in bf16": (
         {
             "transformer_impl": "torch",
             "optimizer": {"exp_avg_dtype": "bfloat16", "exp_avg_sq_dtype": "bfloat16"},
         },
+        1e-3,
         0.01,
-        0.03,
     ),
-    "bf16 Transformer Engine": ({"transformer_impl": "te"}, 0.01, 0.03),
-    "fp8 delayed": ({"transformer_impl": "te", "fp8_recipe": "delayed"}, 0.03, 0.1),
-    "fp8 tensorwise": ({"transformer_impl": "te", "fp8_recipe": "tensorwise"}, 0.03, 0.1),
+    "bf16 Transformer Engine": ({"transformer_impl": "te"}, 1e-3, 0.01),
+    "fp8 delayed": ({"transformer_impl": "te", "fp8_recipe": "delayed"}, 1e-3, 0.013),
+    "fp8 tensorwise": ({"transformer_impl": "te", "fp8_recipe": "tensorwise"}, 1e-3, 0.013),
 }
 
 pytestmark = pytest.mark.gpu
