@@ -7,6 +7,7 @@ document ("zigzag"; the same cut as Transformer Engine's). Documents are padded 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,22 +74,46 @@ class ContextParallel:
         summed over the ranks.
         """
         gathered = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.group)
-        return gathered.index_select(0, self.place)
+        return self._in_sequence(gathered)
 
-    def tokens_to_heads(self, x: Tensor) -> Tensor:
-        """[T / size, N, D] -> [T, N / size, D]: all tokens of this rank's heads, in the order of the
-        sequence.
+    def tokens_to_heads(self, *parts: Tensor) -> list[Tensor]:
+        """[T / size, N, D] of each -> [T, N / size, D]: all tokens of this rank's heads, in the order of the
+        sequence. One exchange for all parts, whose numbers of heads may differ.
 
         Fewer heads than ranks are repeated, as grouped-query attention repeats them.
         """
-        if x.shape[1] < self.size:
-            x = x.repeat_interleave(self.size // x.shape[1], dim=1)
-        by_rank = x.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
-        exchanged: Tensor = all_to_all(self.group, by_rank)
-        return exchanged.flatten(0, 1).index_select(0, self.place)
+        by_rank = []
+        for part in parts:
+            heads = part.shape[1]
+            whole = part if heads >= self.size else part.repeat_interleave(self.size // heads, dim=1)
+            by_rank.append(whole.unflatten(1, (self.size, -1)).transpose(0, 1))
+        exchanged: Tensor = all_to_all(self.group, torch.cat(by_rank, dim=2))
+        counts = [part.shape[2] for part in by_rank]
+        return list(self._in_sequence(exchanged.flatten(0, 1)).split(counts, dim=1))
 
     def heads_to_tokens(self, x: Tensor) -> Tensor:
         """[T, N / size, D] -> [T / size, N, D]: the inverse."""
-        by_rank = x.index_select(0, self.order).unflatten(0, (self.size, -1)).contiguous()
+        by_rank = _Permuted.apply(x, self.order, self.place).unflatten(0, (self.size, -1))
         exchanged: Tensor = all_to_all(self.group, by_rank)
         return exchanged.transpose(0, 1).flatten(1, 2)
+
+    def _in_sequence(self, by_rank: Tensor) -> Tensor:
+        """Tokens [T, ...] of one rank after another, in the order of the sequence."""
+        ordered: Tensor = _Permuted.apply(by_rank, self.place, self.order)
+        return ordered
+
+
+class _Permuted(torch.autograd.Function):
+    """Rows in another order. Gradients are put back by the inverse, where those of index_select would be
+    added up by atomics.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad_outputs[0].index_select(0, inverse), None, None

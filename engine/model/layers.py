@@ -316,7 +316,7 @@ class CoreAttention(torch.nn.Module):
         if cp is None:
             return attend(query_TND, key_TND, value_TND, segments, self.softmax_scale).flatten(1)
         if cp.by_heads:
-            query, key, value = (cp.tokens_to_heads(x) for x in (query_TND, key_TND, value_TND))
+            query, key, value = cp.tokens_to_heads(query_TND, key_TND, value_TND)
             return cp.heads_to_tokens(attend(query, key, value, segments, self.softmax_scale)).flatten(1)
         # One exchange for keys and values together.
         key, value = cp.gather_tokens(torch.stack((key_TND, value_TND), dim=1)).unbind(1)
