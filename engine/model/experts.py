@@ -1,36 +1,31 @@
-"""Experts and their dispatch in plain torch: what Megatron's specification without Transformer Engine lacks.
+"""Experts in plain torch: what Megatron's specification without Transformer Engine lacks.
 
 Shape suffixes: N tokens that came to this rank's experts, H hidden size, F width of an expert, K experts of
 this rank.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    gather_from_sequence_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
-from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+from engine.model.dispatch import AllGatherDispatcher, permute, unpermute
 from engine.model.fused import swiglu
 from engine.model.layers import GatedMLP
+from engine.runtime import mcore
 from engine.runtime.kernels import to_device
 
 # One kernel for the matrices of all experts; torch 2.10 made it public.
@@ -50,6 +45,7 @@ class MixtureOfExperts(MoELayer):
         pg_collection: Any = None,
         **more: Any,
     ) -> None:
+        mcore.use_permutation(permute, unpermute)
         groups = pg_collection or get_default_pg_collection()
         super().__init__(config, *arguments, pg_collection=groups, **more)
         if dispatcher == "allgather":
@@ -214,36 +210,3 @@ class GroupedExperts(MegatronModule):
 
         replica = (0, 0, self.groups.expt_dp.rank())
         return ShardedTensorFactory(key, weight, build, merge, replica)
-
-
-class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
-    """Every rank sees the tokens of all, works on those of its experts, and results are added up. Ranks with
-    fewer tokens than others pad, with rows that no expert gets.
-    """
-
-    routing_map: Tensor
-    own: int
-
-    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, H] and [T, E] of this rank -> those of all ranks, padding included."""
-        if self.tp_ep_group.size() == 1:
-            return hidden_states, probs
-        self.own = hidden_states.shape[0]
-        most = torch.tensor(self.own, device=hidden_states.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.tp_ep_group)
-        missing = int(most) - self.own
-        arguments: Mapping[str, Any] = {"group": self.tp_ep_group}
-        with torch.no_grad():
-            chosen = F.pad(self.routing_map.to(torch.uint8), (0, 0, 0, missing))
-            self.routing_map = gather_from_sequence_parallel_region(chosen, **arguments).bool()
-        return (
-            gather_from_sequence_parallel_region(F.pad(hidden_states, (0, 0, 0, missing)), **arguments),
-            gather_from_sequence_parallel_region(F.pad(probs, (0, 0, 0, missing)), **arguments),
-        )
-
-    def token_combine(self, hidden_states: Tensor) -> Tensor:
-        """Results of this rank's experts for all tokens -> all experts' results for its own, [T, H]."""
-        if self.tp_ep_group.size() == 1:
-            return hidden_states
-        summed = reduce_scatter_to_sequence_parallel_region(hidden_states, group=self.tp_ep_group)
-        return summed[: self.own]

@@ -162,6 +162,19 @@ class _Heads(torch.autograd.Function):
         return out, None, None, None, of_bias, *of_norms, None
 
 
+def sum_rows(x_NH: Tensor, owners: Tensor, rows: Tensor, bounds: Tensor) -> Tensor:
+    """Sums [M, H] of the rows of x that belong to the same owner, added up in float32 in the order of `rows`.
+
+    `owners` int64 [N] are in [0, M), one for every row. `rows` int64 [N] has the rows of owner 0 first, then
+    those of owner 1; owner m has rows[bounds[m] : bounds[m + 1]], bounds int64 [M + 1].
+    """
+    if compiles_for(x_NH):
+        return _kernels().sum_rows(x_NH, rows, bounds)
+    wide = torch.promote_types(x_NH.dtype, torch.float32)
+    sums = torch.zeros(len(bounds) - 1, x_NH.shape[1], dtype=wide, device=x_NH.device)
+    return sums.index_add_(0, owners, x_NH.to(wide)).to(x_NH.dtype)
+
+
 def logit_statistics(logits_RV: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of every row: the largest logit, the sum of exponentials relative to it, and the logit at its place, 0
     where that is none of [0, V); float32 [R].

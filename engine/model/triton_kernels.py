@@ -290,6 +290,18 @@ def _logit_gradients(logits, places, normalizer, factor, V, BLOCK: tl.constexpr)
     tl.store(at, (gradient * tl.load(factor)).to(logits.dtype.element_ty), mask=here)
 
 
+@triton.jit
+def _sum_rows(x, rows, bounds, out, H, BLOCK: tl.constexpr):
+    owner = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = column < H
+    total = tl.zeros((BLOCK,), tl.float32)
+    for place in range(tl.load(bounds + owner), tl.load(bounds + owner + 1)):
+        row = tl.load(rows + place)
+        total += tl.load(x + row * H + column, mask=here, other=0.0).to(tl.float32)
+    tl.store(out + owner * H + column, total.to(out.dtype.element_ty), mask=here)
+
+
 def norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Contiguous [..., H] and [H] -> x / rms(x) * weight in the dtype of x, and 1 / rms float32 [M]."""
     columns = x.shape[-1]
@@ -414,6 +426,17 @@ def heads_backward(
 def _head_sizes(groups: int, share: int, dim: int) -> dict[str, int]:
     blocks = (triton.next_power_of_2(n) for n in (groups * share, groups))
     return {"SHARE": share, "HALF": dim // 2, **dict(zip(("Q_HEADS", "K_HEADS"), blocks, strict=True))}
+
+
+def sum_rows(x_NH: Tensor, rows: Tensor, bounds: Tensor) -> Tensor:
+    """As engine.model.fused.sum_rows."""
+    count, width = len(bounds) - 1, x_NH.shape[1]
+    out = x_NH.new_empty(count, width)
+    block = min(triton.next_power_of_2(width), _TILE)
+    if count:
+        grid = (count, triton.cdiv(width, block))
+        _sum_rows[grid](x_NH, rows, bounds, out, width, BLOCK=block, num_warps=max(1, min(8, block // 256)))
+    return out
 
 
 def logit_statistics(logits_MV: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,9 +8,10 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import inspect
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -212,6 +213,28 @@ class _WeightGradients:
         float32 buffer [out, in].
         """
         add_product(total, grads.T, inputs)
+
+
+def use_permutation(permute: Callable[..., Any], unpermute: Callable[..., Any]) -> None:
+    """Have Megatron's dispatchers put tokens in the order of their experts by these functions of
+    engine.model.dispatch, except where Transformer Engine does it. A second call changes nothing.
+    """
+    import megatron.core.transformer.moe.moe_utils as theirs
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    # megatron-core 0.19 has two results more, for fp8.
+    more = (None, None) if "align_size" in inspect.signature(theirs.permute).parameters else ()
+
+    def forward(tokens: Any, chosen: Any, *, fused: bool, num_out_tokens: Any, **others: Any) -> Any:
+        if fused:
+            arguments = {"fused": fused, "num_out_tokens": num_out_tokens, **others}
+            return theirs.permute(tokens, chosen, **arguments)
+        return (*permute(tokens, chosen, others.get("probs"), int(num_out_tokens)), *more)
+
+    def backward(rows: Any, order: Any, *, fused: bool, **others: Any) -> Any:
+        return theirs.unpermute(rows, order, fused=fused, **others) if fused else unpermute(rows, order)
+
+    token_dispatcher.permute, token_dispatcher.unpermute = forward, backward
 
 
 def _stay_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -96,6 +96,21 @@ def check_norm(like: Tensor, shape: Sequence[int]) -> None:
     assert torch.equal(again, parts)
 
 
+def check_sum_rows(like: Tensor, owners: int, width: int, most: int) -> None:
+    """Every owner has 0 to `most` rows, which stand in any order."""
+    import engine.model.triton_kernels as kernels
+
+    generator = torch.Generator(like.device).manual_seed(5)
+    counts = torch.randint(0, most + 1, (owners,), generator=generator, device=like.device)
+    bounds = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    total = int(bounds[-1])
+    rows = torch.randperm(total, generator=generator, device=like.device)
+    x = numbers(total, width, like=like)
+    owner = torch.arange(owners, device=like.device).repeat_interleave(counts)
+    wanted = x.new_zeros(owners, width, dtype=torch.float64).index_add_(0, owner, x[rows].double())
+    assert_close(kernels.sum_rows(x, rows, bounds), wanted, like.dtype)
+
+
 def check_swiglu(like: Tensor, shape: Sequence[int]) -> None:
     """`shape` is that of the result."""
     import engine.model.triton_kernels as kernels
@@ -261,6 +276,8 @@ SMALL: Mapping[str, Check] = {
     "norm of heads": lambda like: check_norm(like, (7, 3, 16)),
     "norm, several blocks of rows": lambda like: check_norm(like, (301, 24)),
     "norm wider than a block": lambda like: check_norm(like, (3, 5000)),
+    "sums of rows": lambda like: check_sum_rows(like, 37, 100, 5),
+    "sums of rows, wider than a block": lambda like: check_sum_rows(like, 3, 5000, 2),
     "swiglu": lambda like: check_swiglu(like, (6, 1, 1030)),
     "swiglu, narrow": lambda like: check_swiglu(like, (3, 7)),
     "heads, one group": lambda like: check_heads(like, 9, 4, 1, 16),
@@ -284,6 +301,7 @@ LARGE: Mapping[str, Check] = {
     "norm, hidden 3584": lambda like: check_norm(like, (4099, 1, 3584)),
     "norm, hidden 5120": lambda like: check_norm(like, (1000, 1, 5120)),
     "norm of heads, 128": lambda like: check_norm(like, (2049, 40, 128)),
+    "sums of rows, 8 experts of 128": lambda like: check_sum_rows(like, 8192, 2048, 16),
     "swiglu, F 18944": lambda like: check_swiglu(like, (2051, 1, 18944)),
     "28 / 4 heads of 128": lambda like: check_heads(like, 4099, 28, 4, 128, bias=True),
     "40 / 8 heads of 128, normed": lambda like: check_heads(like, 4099, 40, 8, 128, norms=True),
