@@ -154,8 +154,7 @@ class LayerActivations:
         assert moe is not None
         # The router's input in fp32, and logits, scores and weights.
         router = (0 if self.frozen else _FP32 * hidden) + 3 * _FP32 * moe.num_experts
-        # Gate and up, and their product before the router's weight.
-        routed = 3 * moe.ffn_hidden_size
+        routed = 2 * moe.ffn_hidden_size  # gate and up
         for linear, width in (("linear_fc1", hidden * self.layout.etp), ("linear_fc2", moe.ffn_hidden_size)):
             ranks = self.adapters.get(f"mlp.experts.{linear}", ())
             routed += (width if ranks or not self.frozen else 0) + sum(ranks)

@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from engine.model.dispatch import AllGatherDispatcher, permute, unpermute
-from engine.model.fused import swiglu
+from engine.model.fused import weighted_swiglu
 from engine.model.layers import GatedMLP
 from engine.runtime import mcore
 from engine.runtime.kernels import to_device
@@ -167,9 +167,8 @@ class GroupedExperts(MegatronModule):
         [N, H].
         """
         counts = tokens_per_expert.tolist()
-        active = swiglu(self.linear_fc1().apply(tokens_NH, counts))
-        weighted = (active * weights_N[:, None]).to(tokens_NH.dtype)
-        return self.linear_fc2().apply(weighted, counts), None
+        both = self.linear_fc1().apply(tokens_NH, counts)
+        return self.linear_fc2().apply(weighted_swiglu(both, weights_N), counts), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None

@@ -79,6 +79,39 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+class _WeightedSwiGlu(torch.autograd.Function):
+    """Keeps what it is given, nothing between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, weights)
+        return _kernels().swiglu_forward(x, weights) if compiles_for(x) else _weighted(x, weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, weights = ctx.saved_tensors
+        grad = grad_outputs[0].contiguous()
+        if compiles_for(x):
+            found: tuple[Tensor, Tensor] = _kernels().weighted_swiglu_backward(grad, x, weights)
+            return found
+        with torch.enable_grad():
+            sources = x.detach().requires_grad_(), weights.detach().requires_grad_()
+            again = _weighted(*sources)
+        of_x, of_weights = torch.autograd.grad(again, sources, grad)
+        return of_x, of_weights
+
+
+def _weighted(x: Tensor, weights: Tensor) -> Tensor:
+    return (swiglu(x) * weights[:, None]).to(x.dtype)
+
+
+def weighted_swiglu(x_NF: Tensor, weights: Tensor) -> Tensor:
+    """`swiglu` of every row times its weight, float32 [N]: [N, 2 F] -> [N, F] of the dtype of x."""
+    out: Tensor = _WeightedSwiGlu.apply(x_NF, weights)
+    return out
+
+
 def swiglu_again(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """What `swiglu` made of x, [..., F], and the gradient of x, from that of the former."""
     if compiles_for(x):

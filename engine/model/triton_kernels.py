@@ -70,13 +70,16 @@ def _add_column_sums(sums, total, rows, stride, H, ROWS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def _swiglu_forward(x, out, F, BLOCK: tl.constexpr):
+def _swiglu_forward(x, weights, out, F, BLOCK: tl.constexpr, WEIGHTED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = column < F
     gate = tl.load(x + row * 2 * F + column, mask=here).to(tl.float32)
     up = tl.load(x + row * 2 * F + F + column, mask=here).to(tl.float32)
-    tl.store(out + row * F + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=here)
+    value = gate * tl.sigmoid(gate) * up
+    if WEIGHTED:
+        value *= tl.load(weights + row)
+    tl.store(out + row * F + column, value.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -94,6 +97,28 @@ def _swiglu_backward(x, grad, out, active, F, BLOCK: tl.constexpr, ACTIVE: tl.co
     tl.store(out + row * 2 * F + F + column, (gradient * gate * share).to(dtype), mask=here)
     if ACTIVE:
         tl.store(active + row * F + column, (gate * share * up).to(dtype), mask=here)
+
+
+@triton.jit
+def _weighted_swiglu_backward(x, weights, grad, of_x, of_weights, F, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    weight = tl.load(weights + row)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, F, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        here = column < F
+        gate = tl.load(x + row * 2 * F + column, mask=here, other=0.0).to(tl.float32)
+        up = tl.load(x + row * 2 * F + F + column, mask=here, other=0.0).to(tl.float32)
+        gradient = tl.load(grad + row * F + column, mask=here, other=0.0).to(tl.float32)
+        share = tl.sigmoid(gate)
+        total += gradient * gate * share * up
+        gradient *= weight
+        of_gate = gradient * up * share * (1 + gate * (1 - share))
+        tl.store(of_x + row * 2 * F + column, of_gate.to(of_x.dtype.element_ty), mask=here)
+        tl.store(
+            of_x + row * 2 * F + F + column, (gradient * gate * share).to(of_x.dtype.element_ty), mask=here
+        )
+    tl.store(of_weights + row, tl.sum(total))
 
 
 @triton.jit
@@ -345,14 +370,23 @@ def add_column_sums(sums: Tensor, total: Tensor) -> None:
         )
 
 
-def swiglu_forward(x: Tensor) -> Tensor:
-    """Contiguous [..., 2 F], gate before up -> silu(gate) * up, [..., F]."""
+def swiglu_forward(x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Contiguous [..., 2 F], gate before up -> silu(gate) * up, [..., F], each row times its weight."""
     width = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], width)
     rows = out.numel() // width
     if rows:
-        _swiglu_forward[(rows, triton.cdiv(width, 1024))](x, out, width, BLOCK=1024)
+        grid = (rows, triton.cdiv(width, 1024))
+        _swiglu_forward[grid](x, weights, out, width, BLOCK=1024, WEIGHTED=weights is not None)
     return out
+
+
+def weighted_swiglu_backward(grad: Tensor, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Contiguous [N, F], [N, 2 F] and float32 [N] -> the gradients of x and of the weights."""
+    of_x, of_weights = torch.empty_like(x), torch.empty_like(weights)
+    if len(x):
+        _weighted_swiglu_backward[(len(x),)](x, weights, grad, of_x, of_weights, grad.shape[1], BLOCK=1024)
+    return of_x, of_weights
 
 
 def swiglu_backward(grad: Tensor, x: Tensor, *, wants_active: bool) -> tuple[Tensor, Tensor | None]:

@@ -130,6 +130,23 @@ def check_swiglu(like: Tensor, shape: Sequence[int]) -> None:
             assert torch.equal(active, kernels.swiglu_forward(x))
 
 
+def check_weighted_swiglu(like: Tensor, rows: int, width: int) -> None:
+    """A row's weight, float32, and its gradient."""
+    import engine.model.triton_kernels as kernels
+
+    x = numbers(rows, 2 * width, like=like, scale=2.0)
+    weights = numbers(rows, like=torch.zeros((), device=like.device), seed=2)
+    grad = numbers(rows, width, like=like, seed=1)
+    wide = [tensor.double().requires_grad_() for tensor in (x, weights)]
+    gate, up = wide[0].chunk(2, dim=-1)
+    wanted = gate / (1 + (-gate).exp()) * up * wide[1][:, None]
+    of_x, of_weights = torch.autograd.grad(wanted, wide, grad.double())
+    assert_close(kernels.swiglu_forward(x, weights), wanted, like.dtype)
+    found_x, found_weights = kernels.weighted_swiglu_backward(grad, x, weights)
+    assert_close(found_x, of_x, like.dtype)
+    assert_close(found_weights, of_weights, torch.float32)
+
+
 def check_heads(
     like: Tensor, tokens: int, heads: int, groups: int, dim: int, *, bias: bool = False, norms: bool = False
 ) -> None:
@@ -280,6 +297,8 @@ SMALL: Mapping[str, Check] = {
     "sums of rows, wider than a block": lambda like: check_sum_rows(like, 3, 5000, 2),
     "swiglu": lambda like: check_swiglu(like, (6, 1, 1030)),
     "swiglu, narrow": lambda like: check_swiglu(like, (3, 7)),
+    "weighted swiglu": lambda like: check_weighted_swiglu(like, 5, 1030),
+    "weighted swiglu, narrow": lambda like: check_weighted_swiglu(like, 300, 7),
     "heads, one group": lambda like: check_heads(like, 9, 4, 1, 16),
     "heads with a bias, no power of 2": lambda like: check_heads(like, 5, 28, 4, 8, bias=True),
     "normed heads": lambda like: check_heads(like, 5, 6, 2, 16, norms=True),
@@ -303,6 +322,7 @@ LARGE: Mapping[str, Check] = {
     "norm of heads, 128": lambda like: check_norm(like, (2049, 40, 128)),
     "sums of rows, 8 experts of 128": lambda like: check_sum_rows(like, 8192, 2048, 16),
     "swiglu, F 18944": lambda like: check_swiglu(like, (2051, 1, 18944)),
+    "weighted swiglu, F 768": lambda like: check_weighted_swiglu(like, 65536, 768),
     "28 / 4 heads of 128": lambda like: check_heads(like, 4099, 28, 4, 128, bias=True),
     "40 / 8 heads of 128, normed": lambda like: check_heads(like, 4099, 40, 8, 128, norms=True),
     "28 / 4 heads of 64": lambda like: check_heads(like, 4099, 28, 4, 64),

@@ -25,6 +25,7 @@ from engine.model.fused import (
     split_heads,
     swiglu,
     swiglu_again,
+    weighted_swiglu,
 )
 from engine.runtime.kernels import can_compile
 from tests.model.kernels import (
@@ -140,6 +141,19 @@ def test_swiglu_of_a_view(like: Tensor, bound: float) -> None:
     x = numbers(40, 7, like=like).T
     assert not x.is_contiguous()
     follows(swiglu, swiglu_formula, x, bound=bound)
+
+
+@pytest.mark.parametrize("shape", [(5, 2060), (40, 14), (0, 8)])
+def test_swiglu_with_a_weight_for_every_row(like: Tensor, bound: float, shape: tuple[int, int]) -> None:
+    """The weights are float32 whatever x is, and so are their gradients."""
+    x, grad = numbers(*shape, like=like, scale=2.0), numbers(shape[0], shape[1] // 2, like=like, seed=1)
+    narrow = x.clone().requires_grad_(), numbers(len(x), like=like.float(), seed=2).requires_grad_()
+    wide = tuple(tensor.detach().double().requires_grad_() for tensor in narrow)
+    out, wanted = weighted_swiglu(*narrow), swiglu_formula(wide[0]) * wide[1][:, None]
+    found = (out, *torch.autograd.grad(out, narrow, grad))
+    expected = (wanted, *torch.autograd.grad(wanted, wide, grad.double()))
+    assert [tensor.dtype for tensor in found] == [x.dtype, x.dtype, torch.float32]
+    assert all(relative(a, b) <= bound for a, b in zip(found, expected, strict=True))
 
 
 def test_swiglu_again_is_its_backward_pass_and_its_value(like: Tensor) -> None:
