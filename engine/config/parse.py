@@ -12,7 +12,8 @@ import math
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,47 +48,47 @@ NOT_BUILT: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One flag: its name, the group (attribute of the config) it lives in, its type, default and help
-    text.
+    """One flag: its name, the group (attribute of the config) it lives in, its type and default, and the
+    dataclass that has it as a field.
     """
 
     name: str
     group: str | None
     annotation: Any
     default: Any
-    help: str
+    owner: type
+
+    @property
+    def help(self) -> str:
+        """The text under the field."""
+        return _field_docs(self.owner).get(self.name, "")
 
 
-def options_of(config_type: Any) -> dict[str, Option]:
+def options_of(config_type: Any) -> Mapping[str, Option]:
     """All options of a config by flag name. Its fields are option groups (dataclasses), or options
     themselves; the names in its `left_out`, if it has that, keep their defaults and are no flags.
     `group.name` leaves out that group's, where another has an option of the same name.
     """
+    return _options_of(config_type)
+
+
+@cache
+def _options_of(config_type: Any) -> Mapping[str, Option]:
     left_out = getattr(config_type, "left_out", ())
-    default, found, hints = config_type(), {}, typing.get_type_hints(config_type)
-    docs = _field_docs(config_type)
+    default, hints = config_type(), typing.get_type_hints(config_type)
+    found: dict[str, Option] = {}
     for item in fields(config_type):
         value = getattr(default, item.name)
         if is_dataclass(value):
             for option in options_of(type(value)).values():
                 if f"{item.name}.{option.name}" in left_out:
                     continue
-                found[option.name] = Option(
-                    name=option.name,
-                    group=item.name,
-                    annotation=option.annotation,
-                    default=option.default,
-                    help=option.help,
-                )
+                found[option.name] = replace(option, group=item.name)
         else:
             found[item.name] = Option(
-                name=item.name,
-                group=None,
-                annotation=hints[item.name],
-                default=value,
-                help=docs.get(item.name, ""),
+                name=item.name, group=None, annotation=hints[item.name], default=value, owner=config_type
             )
-    return {name: option for name, option in found.items() if name not in left_out}
+    return types.MappingProxyType({name: option for name, option in found.items() if name not in left_out})
 
 
 def parse(
@@ -273,6 +274,7 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()}
 
 
+@cache
 def _field_docs(config_type: type) -> dict[str, str]:
     """The string literal under each field; Python drops these, so they are read from the source."""
     try:
