@@ -107,9 +107,10 @@ def _worker(config: SftConfig, adopted: Adoption | None, world: World, place: li
     data = prepare_here(blueprint, world)
     startup.mark("data")
     from engine.runtime import mcore
-    from engine.training.watch import StopRequest
 
     mcore.adapt_megatron(platform)  # imports Megatron, so that its seconds are not counted as process groups
+    from engine.training.watch import StopRequest
+
     startup.mark("imports")
     join_ranks(world, platform)
     place.append(str(blueprint.layout.place(world.rank)))

@@ -177,7 +177,8 @@ def adapt_megatron(platform: Platform) -> None:
     # Column-parallel backward overlaps its all-reduce with a GEMM only if kernels launch in order; without
     # sequence parallelism Megatron asserts this variable, with it it warns.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    import megatron.core.optimizer as optimizer
+    with _without_compiler() if platform.is_cpu else contextlib.nullcontext():
+        import megatron.core.optimizer as optimizer
     import megatron.core.optimizer.distrib_optimizer as distributed_optimizer
     import megatron.core.tensor_parallel.layers as linears
     import megatron.core.tensor_parallel.random as random
@@ -202,6 +203,22 @@ def adapt_megatron(platform: Platform) -> None:
     optimizer.Adam = distributed_optimizer.Adam = FusedAdamW
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distributed_optimizer.HAVE_APEX_OR_TE = distributed_optimizer.USING_TE_OPTIMIZER = True
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Megatron has torch.compile take functions that Braid does not call, which alone imports torch's
+    compiler: more than a second of every process on a CPU.
+    """
+
+    def leave(function: Any = None, **unused: Any) -> Any:
+        return leave if function is None else function
+
+    compiler, torch.compile = torch.compile, leave  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compiler
 
 
 class _WeightGradients:
