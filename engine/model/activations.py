@@ -152,8 +152,8 @@ class LayerActivations:
         """Approximate: as if every expert got its even share of the tokens, and none were dropped."""
         moe, size, hidden = self.spec.moe, self.numbers.size, self.spec.hidden_size
         assert moe is not None
-        # The router's input in fp32, and logits, scores and weights.
-        router = (0 if self.frozen else _FP32 * hidden) + 3 * _FP32 * moe.num_experts
+        # The router's input, and logits, scores and weights.
+        router = (0 if self.frozen else hidden * size) + 3 * _FP32 * moe.num_experts
         routed = 2 * moe.ffn_hidden_size  # gate and up
         for linear, width in (("linear_fc1", hidden * self.layout.etp), ("linear_fc2", moe.ffn_hidden_size)):
             ranks = self.adapters.get(f"mlp.experts.{linear}", ())

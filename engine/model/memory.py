@@ -16,7 +16,7 @@ from engine.model.lora_spec import LoraSpec
 from engine.model.projections import projections
 from engine.model.spec import ModelSpec
 
-LOGITS_BLOCK = 5 * 2**29
+LOGITS_BLOCK = 2**31
 """Bytes of logits that the head makes at once on a GPU, about. Every block adds to the whole fp32 gradient of
 the head's weight, so they are few.
 """

@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from engine.model.gradients import give_product
+from engine.runtime.kernels import product
 
 
 @dataclass(kw_only=True)
@@ -74,7 +76,7 @@ class Router(MegatronModule):
         [T, E].
         """
         x = hidden.flatten(0, -2)
-        logits = F.linear(x.float(), self.weight.float())
+        logits: Tensor = _Logits.apply(x, self.weight)
         scores = logits.softmax(dim=-1)
         best, experts = scores.topk(self.config.moe_router_topk, dim=-1)
         if self.normalize:
@@ -124,6 +126,24 @@ class Router(MegatronModule):
                     self.load += torch.cat((given, (count - given).sum()[None]))
         attached: Tensor = _Attach.apply(weights, probabilities, partition, balance)
         return attached
+
+
+class _Logits(torch.autograd.Function):
+    """x [T, H] and weight [E, H] of one dtype -> float32 [T, E], rounded nowhere between; no copy of x in
+    float32 lives on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.weight = weight  # the parameter itself, which has the gradient buffer
+        return product(x, weight.T)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (grad,), (x, weight) = grad_outputs, ctx.saved_tensors
+        of_x = (grad @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return of_x, give_product(ctx.weight, grad, x.float()) if ctx.needs_input_grad[1] else None
 
 
 class _Attach(torch.autograd.Function):

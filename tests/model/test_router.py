@@ -101,6 +101,20 @@ def test_halves_are_routed_in_fp32() -> None:
     assert torch.equal(chosen, wanted > 0)
 
 
+def test_the_gradient_of_halves_goes_to_megatrons_buffer_unrounded() -> None:
+    mine, x = router(params_dtype=torch.bfloat16), tokens(64).bfloat16()
+    mine.weight.main_grad = torch.ones(EXPERTS, HIDDEN)
+    upstream = numbers(64, EXPERTS, seed=3)
+    weights, _ = mine(x)
+    weights.backward(upstream)
+    wide = mine.weight.detach().double().requires_grad_()
+    best, indices = (x.flatten(0, 1).double() @ wide.T).softmax(-1).topk(TOP_K)
+    exact = torch.zeros(64, EXPERTS, dtype=torch.float64)
+    exact.scatter(1, indices, best / best.sum(-1, keepdim=True)).backward(upstream.double())
+    assert mine.weight.grad_added_to_main_grad
+    torch.testing.assert_close(mine.weight.main_grad.double() - 1, wide.grad, rtol=1e-5, atol=1e-5)
+
+
 # Capacity
 
 
