@@ -72,7 +72,7 @@ def options_of(config_type: Any) -> Mapping[str, Option]:
     return _options_of(config_type)
 
 
-@cache
+@cache  # a function of its own, since type checkers want what a cached one is called with to be hashable
 def _options_of(config_type: Any) -> Mapping[str, Option]:
     left_out = getattr(config_type, "left_out", ())
     default, hints = config_type(), typing.get_type_hints(config_type)

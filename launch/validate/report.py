@@ -138,7 +138,10 @@ def _section(report: PartReport) -> str:
 
 def _picture(reports: Sequence[PartReport]) -> "Figure":
     """Loss curves, speed and bandwidth, as far as they are there."""
-    found = {report.part: report.record for report in reports}
+    found = {
+        report.part: {name: result for name, result in report.record.items() if name != "efficiency"}
+        for report in reports
+    }
     drawn = {part: draw for part, draw in _PANELS.items() if found.get(part)}
     figure = new_figure(width=max(1, len(drawn)) * 5.5, height=4.5)
     for place, (part, draw) in enumerate(drawn.items(), start=1):
@@ -156,9 +159,8 @@ def _draw_curves(axes: "Axes", curves: dict[str, Any]) -> None:
 
 
 def _draw_speed(axes: "Axes", results: dict[str, Any]) -> None:
-    measured = {name: result for name, result in results.items() if name != "efficiency"}
-    axes.barh(list(measured), [result["tokens_per_s_per_device"] for result in measured.values()])
-    for place, result in enumerate(measured.values()):
+    axes.barh(list(results), [result["tokens_per_s_per_device"] for result in results.values()])
+    for place, result in enumerate(results.values()):
         if result["mfu"] is not None:
             axes.text(0, place, f" MFU {100 * result['mfu']:.1f} %", va="center", color="white", fontsize=7)
     axes.invert_yaxis()
