@@ -12,8 +12,9 @@ from torch import Tensor
 
 # Programs that share the rows of a norm's backward pass, each with a sum of its own of the weight's gradient.
 _NORM_PROGRAMS = 528
-# The same of heads, by their warps: as many as a GPU of 132 multiprocessors has at once.
-_HEADS_PROGRAMS = {4: 528, 8: 396}
+# Warps of the same of heads, with norms and without: as many as registers allow at once on a GPU of 132
+# multiprocessors. More would be a second round, in which most of them have nothing to do.
+_HEADS_WARPS = {True: 132 * 20, False: 132 * 32}
 # Elements that a program works on at once.
 _TILE = 4096
 
@@ -122,21 +123,18 @@ def _weighted_swiglu_backward(x, weights, grad, of_x, of_weights, F, BLOCK: tl.c
 
 
 @triton.jit
-def _angles(cos, sin, token, sign, HALF: tl.constexpr):
-    """Of a token, for the first and the second half of a head, [1, HALF] each; the sines times `sign`."""
-    first = token * 2 * HALF + tl.arange(0, HALF)[None]
+def _angles(cos, sin, token, here, HALF: tl.constexpr):
+    """Of each token, [tokens, HALF]: both halves of a head have the same."""
+    place = token * 2 * HALF + tl.arange(0, HALF)[None]
     return (
-        tl.load(cos + first).to(tl.float32),
-        tl.load(cos + first + HALF).to(tl.float32),
-        tl.load(sin + first).to(tl.float32) * sign,
-        tl.load(sin + first + HALF).to(tl.float32) * sign,
+        tl.load(cos + place, mask=here, other=0.0).to(tl.float32),
+        tl.load(sin + place, mask=here, other=0.0).to(tl.float32),
     )
 
 
 @triton.jit
-def _turned(first, second, angles):
-    first_cos, second_cos, first_sin, second_sin = angles
-    return first * first_cos - second * first_sin, second * second_cos + first * second_sin
+def _turned(first, second, cos, sin):
+    return first * cos - second * sin, second * cos + first * sin
 
 
 @triton.jit
@@ -164,7 +162,8 @@ def _heads_forward_part(
         first_weight, second_weight = _head_weight(weight, HALF)
         first, second = first * scale * first_weight, second * scale * second_weight
     if TURN:
-        first, second = _turned(first, second, angles)
+        turn_cos, turn_sin = angles
+        first, second = _turned(first, second, turn_cos, turn_sin)
     target = out + head * 2 * HALF + pair
     dtype = out.dtype.element_ty
     tl.store(target, first.to(dtype), mask=here)
@@ -179,7 +178,7 @@ def _heads_forward(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     x, size = mixed + token * G * (SHARE + 2) * 2 * HALF, G * 2 * HALF
-    angles = _angles(cos, sin, token, 1.0, HALF)
+    angles = _angles(cos, sin, token, True, HALF)
     head, group = tl.arange(0, Q_HEADS)[:, None], tl.arange(0, K_HEADS)[:, None]
     slot, here = head // SHARE * (SHARE + 2) + head % SHARE, head < G * SHARE
     _heads_forward_part(
@@ -196,87 +195,79 @@ def _heads_forward(
 
 @triton.jit
 def _heads_backward_part(
-    grad, x, weight, out, slot, head, here, angles, total, of_bias, eps,
-    HALF: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
+    grad, x, weight, out, sums, bias_sums, cos, sin, eps, T, G,
+    SHARE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, PLACE: tl.constexpr,
+    HEADS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
-    """`total` and the gradient of the norm's weight from these heads, `of_bias` and that of their biases, in
-    two halves each.
+    """Heads of one kind: EACH in a group, from its PLACE on; HEADS in a token, with what pads them. ROWS are
+    worked on at once, each by lanes of one warp: what warps have summed up is added after the loop.
     """
-    pair = tl.arange(0, HALF)[None]
-    source, place = grad + head * 2 * HALF + pair, slot * 2 * HALF + pair
-    first = tl.load(source, mask=here, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF, mask=here, other=0.0).to(tl.float32)
-    if TURN:
-        first, second = _turned(first, second, angles)
+    pair, row = tl.arange(0, HALF)[None], tl.arange(0, ROWS)[:, None]
+    nothing = tl.zeros((ROWS, HALF), tl.float32)
+    first_total, second_total, first_bias, second_bias = nothing, nothing, nothing, nothing
     if NORM:
-        first_x = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
-        second_x = tl.load(x + place + HALF, mask=here, other=0.0).to(tl.float32)
-        squares = tl.sum(first_x * first_x, axis=1) + tl.sum(second_x * second_x, axis=1)
-        scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
-        first_x, second_x = first_x * scale, second_x * scale
-        first_total, second_total = total
-        total = (
-            first_total + tl.sum(first * first_x, axis=0)[None],
-            second_total + tl.sum(second * second_x, axis=0)[None],
-        )
         first_weight, second_weight = _head_weight(weight, HALF)
-        first, second = first * first_weight, second * second_weight
-        mean = (tl.sum(first * first_x, axis=1) + tl.sum(second * second_x, axis=1))[:, None] / (2 * HALF)
-        first, second = (first - first_x * mean) * scale, (second - second_x * mean) * scale
+    for start in range(tl.program_id(0) * ROWS, T * HEADS, tl.num_programs(0) * ROWS):
+        token, head = (start + row) // HEADS, (start + row) % HEADS
+        here, token = (token < T) & (head < G * EACH), token.to(tl.int64)
+        slot = (token * G + head // EACH) * (SHARE + 2) + PLACE + head % EACH
+        source, place = grad + (token * G * EACH + head) * 2 * HALF + pair, slot * 2 * HALF + pair
+        first = tl.load(source, mask=here, other=0.0).to(tl.float32)
+        second = tl.load(source + HALF, mask=here, other=0.0).to(tl.float32)
+        if NORM:
+            first_x = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+            second_x = tl.load(x + place + HALF, mask=here, other=0.0).to(tl.float32)
+        if TURN:
+            turn_cos, turn_sin = _angles(cos, sin, token, here, HALF)
+            first, second = _turned(first, second, turn_cos, -turn_sin)
+        if NORM:
+            squares = tl.sum(first_x * first_x + second_x * second_x, axis=1)
+            scale = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+            first_x, second_x = first_x * scale, second_x * scale
+            first_total, second_total = first_total + first * first_x, second_total + second * second_x
+            first, second = first * first_weight, second * second_weight
+            mean = tl.sum(first * first_x + second * second_x, axis=1)[:, None] / (2 * HALF)
+            first, second = (first - first_x * mean) * scale, (second - second_x * mean) * scale
+        if BIAS:
+            first_bias, second_bias = first_bias + first, second_bias + second
+        dtype = out.dtype.element_ty
+        tl.store(out + place, first.to(dtype), mask=here)
+        tl.store(out + place + HALF, second.to(dtype), mask=here)
+    if NORM:
+        at = sums + tl.program_id(0) * 4 * HALF + tl.arange(0, HALF)
+        tl.store(at, tl.sum(first_total, axis=0))
+        tl.store(at + HALF, tl.sum(second_total, axis=0))
     if BIAS:
-        first_bias, second_bias = of_bias
-        of_bias = (first_bias + first, second_bias + second)
-    dtype = out.dtype.element_ty
-    tl.store(out + place, first.to(dtype), mask=here)
-    tl.store(out + place + HALF, second.to(dtype), mask=here)
-    return total, of_bias
+        head = tl.arange(0, HEADS)[:, None]
+        slot = tl.program_id(0) * G * (SHARE + 2) + head // EACH * (SHARE + 2) + PLACE + head % EACH
+        at, here = bias_sums + slot * 2 * HALF + pair, head < G * EACH
+        tl.store(at, _sum_tokens(first_bias, ROWS, HEADS, HALF), mask=here)
+        tl.store(at + HALF, _sum_tokens(second_bias, ROWS, HEADS, HALF), mask=here)
 
 
 @triton.jit
-def _store_halves(out, place, halves, here, HALF: tl.constexpr):
-    first, second = halves
-    tl.store(out + place, first, mask=here)
-    tl.store(out + place + HALF, second, mask=here)
+def _sum_tokens(x, ROWS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
+    return tl.sum(tl.reshape(x, (ROWS // HEADS, HEADS, HALF)), axis=0)
 
 
 @triton.jit(do_not_specialize=["T"])
 def _heads_backward(
     of_query, of_key, of_value, mixed, q_weight, k_weight, out, sums, bias_sums, cos, sin, eps, T, G,
-    SHARE: tl.constexpr, HALF: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+    SHARE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    size, nothing = G * 2 * HALF, tl.zeros((1, HALF), tl.float32)
-    of_q, of_k = (nothing, nothing), (nothing, nothing)
-    no_q, no_k = tl.zeros((Q_HEADS, HALF), tl.float32), tl.zeros((K_HEADS, HALF), tl.float32)
-    q_bias, k_bias, v_bias = (no_q, no_q), (no_k, no_k), (no_k, no_k)
-    head, group = tl.arange(0, Q_HEADS)[:, None], tl.arange(0, K_HEADS)[:, None]
-    q_slot, k_slot = head // SHARE * (SHARE + 2) + head % SHARE, group * (SHARE + 2) + SHARE
-    for number in range(tl.program_id(0), T, tl.num_programs(0)):
-        token = tl.cast(number, tl.int64)
-        x, target = mixed + token * size * (SHARE + 2), out + token * size * (SHARE + 2)
-        angles = _angles(cos, sin, token, -1.0, HALF)
-        of_q, q_bias = _heads_backward_part(
-            of_query + token * SHARE * size, x, q_weight, target, q_slot, head, head < G * SHARE, angles,
-            of_q, q_bias, eps, HALF, BIAS, NORM, True,
-        )  # fmt: skip
-        of_k, k_bias = _heads_backward_part(
-            of_key + token * size, x, k_weight, target, k_slot, group, group < G, angles, of_k, k_bias, eps,
-            HALF, BIAS, NORM, True,
-        )  # fmt: skip
-        _, v_bias = _heads_backward_part(
-            of_value + token * size, x, k_weight, target, k_slot + 1, group, group < G, angles, of_k, v_bias,
-            eps, HALF, BIAS, False, False,
-        )  # fmt: skip
-    pair = tl.arange(0, HALF)[None]
-    if NORM:
-        at, always = sums + tl.program_id(0) * 4 * HALF, pair < HALF
-        _store_halves(at, pair, of_q, always, HALF)
-        _store_halves(at + 2 * HALF, pair, of_k, always, HALF)
-    if BIAS:
-        at = bias_sums + tl.program_id(0) * size * (SHARE + 2)
-        _store_halves(at, q_slot * 2 * HALF + pair, q_bias, head < G * SHARE, HALF)
-        _store_halves(at, k_slot * 2 * HALF + pair, k_bias, group < G, HALF)
-        _store_halves(at, (k_slot + 1) * 2 * HALF + pair, v_bias, group < G, HALF)
+    _heads_backward_part(
+        of_query, mixed, q_weight, out, sums, bias_sums, cos, sin, eps, T, G,
+        SHARE, HALF, ROWS, SHARE, 0, Q_HEADS, BIAS, NORM, True,
+    )  # fmt: skip
+    _heads_backward_part(
+        of_key, mixed, k_weight, out, sums + 2 * HALF, bias_sums, cos, sin, eps, T, G,
+        SHARE, HALF, ROWS, 1, SHARE, K_HEADS, BIAS, NORM, True,
+    )  # fmt: skip
+    _heads_backward_part(
+        of_value, mixed, k_weight, out, sums, bias_sums, cos, sin, eps, T, G,
+        SHARE, HALF, ROWS, 1, SHARE + 1, K_HEADS, BIAS, False, False,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -442,9 +433,16 @@ def heads_backward(
     """
     (tokens, heads, dim), groups = grads[0].shape, grads[1].shape[1]
     out = grads[0].new_empty(tokens, (heads + 2 * groups) * dim)
-    sizes = _head_sizes(groups, heads // groups, dim)
-    warps = 8 if norms is not None or sizes["Q_HEADS"] * dim > 2048 else 4
-    programs = min(tokens, _HEADS_PROGRAMS[warps])
+    share = heads // groups
+    sizes = _head_sizes(groups, share, dim)
+    # Sums of biases are kept per head, which has the same rows of every block then. Else rows are those of
+    # heads, one after the other.
+    counts = (sizes["Q_HEADS"], sizes["K_HEADS"]) if wants_bias else (heads, groups)
+    least = sizes["Q_HEADS"] if wants_bias else 1
+    # A thread has 16 bytes of either half of one row: the compiler lets what more it has wait for the first.
+    warps = min(16, max(8 if norms is None else 4, least * dim // 512))
+    rows = max(least, warps * 512 // dim)
+    programs = min(triton.cdiv(tokens * counts[0], rows), _HEADS_WARPS[norms is not None] // warps)
     sums, bias_sums = (
         torch.empty(programs if wanted else 0, *shape, dtype=torch.float32, device=out.device)
         for wanted, shape in ((norms is not None, (2, dim)), (wants_bias, out.shape[1:]))
@@ -452,7 +450,8 @@ def heads_backward(
     if tokens:
         _heads_backward[(programs,)](
             *grads, out if mixed is None else mixed, *(norms or (None, None)), out, sums, bias_sums, cos, sin,
-            eps, tokens, groups, **sizes, BIAS=wants_bias, NORM=norms is not None, num_warps=warps,
+            eps, tokens, groups, SHARE=share, HALF=dim // 2, ROWS=rows, Q_HEADS=counts[0], K_HEADS=counts[1],
+            BIAS=wants_bias, NORM=norms is not None, num_warps=warps,
         )  # fmt: skip
     return out, bias_sums if wants_bias else None, sums if norms is not None else None
 

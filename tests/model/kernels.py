@@ -6,6 +6,7 @@ Kernels are called as they are, without what chooses between them and plain torc
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -187,6 +188,14 @@ def check_heads(
             assert_sums(of_norms[:, place], exact[place - 2])
 
 
+def check_heads_in_turns(like: Tensor, tokens: int, *, bias: bool = False, norms: bool = False) -> None:
+    """Programs that have several blocks each, which takes many tokens unless programs are few."""
+    import engine.model.triton_kernels as kernels
+
+    with mock.patch.dict(kernels._HEADS_WARPS, {True: 8, False: 16}):
+        check_heads(like, tokens, 3, 1, 128, bias=bias, norms=norms)
+
+
 def places(rows: int, width: int, device: torch.device) -> Tensor:
     """Labels within the columns, on their borders, and on other ranks on either side."""
     found = torch.randint(0, width, (rows,), generator=torch.Generator().manual_seed(rows))
@@ -302,7 +311,9 @@ SMALL: Mapping[str, Check] = {
     "heads, one group": lambda like: check_heads(like, 9, 4, 1, 16),
     "heads with a bias, no power of 2": lambda like: check_heads(like, 5, 28, 4, 8, bias=True),
     "normed heads": lambda like: check_heads(like, 5, 6, 2, 16, norms=True),
-    "normed heads, several tokens of a program": lambda like: check_heads(like, 601, 2, 1, 8, norms=True),
+    "normed heads, several blocks": lambda like: check_heads_in_turns(like, 45, norms=True),
+    "heads with a bias, several blocks": lambda like: check_heads_in_turns(like, 45, bias=True),
+    "heads with a bias, several tokens": lambda like: check_heads(like, 21, 6, 3, 128, bias=True),
     "logits, narrow": lambda like: check_logits(like, 7, 130),
     "logits, several blocks": lambda like: check_logits(like, 8, 9001),
     "empty": check_empty,
