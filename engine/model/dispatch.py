@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoETokenDispatcher
 from torch import Tensor
 
 from engine.model.fused import sum_rows
@@ -101,6 +101,48 @@ class _Collect(torch.autograd.Function):
         return grad_outputs[0].index_select(0, ctx.order.tokens), None
 
 
+class OwnDispatcher(MoETokenDispatcher):
+    """Of a rank that has all experts: rows come in their order at once, nothing is exchanged, and only
+    where tokens are dropped something waits for the device, for how many are left.
+    """
+
+    shape: torch.Size
+    chosen: Tensor
+    order: ByExpert
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[T, 1, H] -> [T, H], and the probabilities as they are."""
+        self.shape, self.chosen = hidden_states.shape, routing_map
+        return hidden_states.flatten(0, -2), probs
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Both as they are."""
+        return hidden_states, probs
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [N, H], how many each expert has, int64 [E] on the device, and the probability of each row."""
+        count = len(hidden_states) * self.config.moe_router_topk
+        if self.config.moe_expert_capacity_factor is not None:
+            count = int(self.chosen.sum())
+        rows, row_probs, self.order = permute(hidden_states, self.chosen, probs, count)
+        assert row_probs is not None
+        return rows, self.chosen.sum(dim=0), row_probs
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        """[N, H] -> [T, H]."""
+        return unpermute(hidden_states, self.order)
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """As they are."""
+        return hidden_states
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """[T, H] -> [T, 1, H]."""
+        return hidden_states.view(self.shape)
+
+
 class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
     """Every rank sees the tokens of all, works on those of its experts, and results are added up. Ranks with
     fewer tokens than others pad, with rows that no expert gets.
@@ -111,8 +153,6 @@ class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """[T, H] and [T, E] of this rank -> those of all ranks, padding included."""
-        if self.tp_ep_group.size() == 1:
-            return hidden_states, probs
         self.own = hidden_states.shape[0]
         most = torch.tensor(self.own, device=hidden_states.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.tp_ep_group)
@@ -128,7 +168,5 @@ class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Results of this rank's experts for all tokens -> all experts' results for its own, [T, H]."""
-        if self.tp_ep_group.size() == 1:
-            return hidden_states
         summed = reduce_scatter_to_sequence_parallel_region(hidden_states, group=self.tp_ep_group)
         return summed[: self.own]

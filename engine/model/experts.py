@@ -6,11 +6,9 @@ this rank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -22,19 +20,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from engine.model.dispatch import AllGatherDispatcher, permute, unpermute
+from engine.model.dispatch import AllGatherDispatcher, OwnDispatcher, permute, unpermute
 from engine.model.fused import weighted_swiglu
+from engine.model.grouped import Shares, grouped_linear
 from engine.model.layers import GatedMLP
 from engine.runtime import mcore
-from engine.runtime.kernels import to_device
-
-# One kernel for the matrices of all experts; torch 2.10 made it public.
-grouped_mm: Any = getattr(F, "grouped_mm", torch._grouped_mm)
 
 
 class MixtureOfExperts(MoELayer):
     """Megatron's layer; `dispatcher` allgather is the one that takes ranks with different numbers of
-    tokens.
+    tokens. A rank that has all experts to itself needs neither.
     """
 
     def __init__(
@@ -48,7 +43,9 @@ class MixtureOfExperts(MoELayer):
         mcore.use_permutation(permute, unpermute)
         groups = pg_collection or get_default_pg_collection()
         super().__init__(config, *arguments, pg_collection=groups, **more)
-        if dispatcher == "allgather":
+        if groups.tp_ep.size() == 1:
+            self.token_dispatcher = OwnDispatcher(config=config, pg_collection=groups)
+        elif dispatcher == "allgather":
             self.token_dispatcher = AllGatherDispatcher(
                 self.num_local_experts, self.local_expert_indices, config=config, pg_collection=groups
             )
@@ -105,28 +102,12 @@ class ExpertMatrices:
     down: Tensor | None = None
     up: Tensor | None = None
 
-    def apply(self, tokens: Tensor, counts: Sequence[int]) -> Tensor:
-        """[N, in], sorted by expert with `counts` of each -> [N, out]."""
-        out = _grouped_linear(tokens, self.weight, counts)
+    def apply(self, tokens: Tensor, shares: Shares) -> Tensor:
+        """[N, in], sorted by expert -> [N, out]."""
+        out = grouped_linear(tokens, self.weight, shares)
         if self.down is None or self.up is None:
             return out
-        return out + _grouped_linear(_grouped_linear(tokens, self.down, counts), self.up, counts)
-
-
-def _grouped_linear(tokens: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
-    """[N, in] and [K, out, in] -> [N, out]."""
-    if tokens.is_cuda and tokens.dtype == torch.bfloat16 and _aligned(tokens, weight):
-        ends = to_device(torch.tensor(list(accumulate(counts)), dtype=torch.int32), tokens.device)
-        return grouped_mm(tokens, weight.transpose(1, 2), offs=ends)
-    # Unbound at once: indexing would give every expert a gradient of the size of all.
-    rows = zip(tokens.split(counts), weight.unbind(), strict=True)
-    return torch.cat([F.linear(x, matrix) for x, matrix in rows])
-
-
-def _aligned(tokens: Tensor, weight: Tensor) -> bool:
-    """Whether torch's kernel of all experts at once takes them: its rows begin at multiples of 16 bytes."""
-    rows = (tokens.shape[1], *weight.shape[1:])
-    return tokens.shape[0] > 0 and all(size * tokens.element_size() % 16 == 0 for size in rows)
+        return out + grouped_linear(grouped_linear(tokens, self.down, shares), self.up, shares)
 
 
 class ExpertLinear(torch.nn.Module):
@@ -166,9 +147,9 @@ class GroupedExperts(MegatronModule):
         """Tokens in the order of their experts, int64 [K] of how many each has, and the router's weights ->
         [N, H].
         """
-        counts = tokens_per_expert.tolist()
-        both = self.linear_fc1().apply(tokens_NH, counts)
-        return self.linear_fc2().apply(weighted_swiglu(both, weights_N), counts), None
+        shares = Shares(tokens_per_expert, tokens_NH.device)
+        both = self.linear_fc1().apply(tokens_NH, shares)
+        return self.linear_fc2().apply(weighted_swiglu(both, weights_N), shares), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None

@@ -33,6 +33,17 @@ def give_product(weight: Tensor, grads: Tensor, inputs: Tensor) -> Tensor:
     return added(weight)
 
 
+def give(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Add a weight's gradient, float32, to Megatron's buffer; what a backward pass then returns for it, as
+    `give_product`.
+    """
+    buffer = gradient_buffer(weight)
+    if buffer is None:
+        return gradient.to(weight.dtype)
+    buffer.add_(gradient)
+    return added(weight)
+
+
 def give_sums(weight: Tensor, parts: Tensor) -> Tensor:
     """Add the gradient of a weight [n], which a kernel has left in parts, float32 [parts, n], to Megatron's
     buffer; what a backward pass then returns for it, as `give_product`.

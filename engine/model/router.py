@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from engine.model.gradients import give_product
+from engine.model.gradients import give, give_product
 from engine.runtime.kernels import product
 
 
@@ -129,8 +129,8 @@ class Router(MegatronModule):
 
 
 class _Logits(torch.autograd.Function):
-    """x [T, H] and weight [E, H] of one dtype -> float32 [T, E], rounded nowhere between; no copy of x in
-    float32 lives on.
+    """x [T, H] and weight [E, H] of one dtype -> float32 [T, E], rounded nowhere between, nor in the backward
+    pass. No copy of x in float32 lives on.
     """
 
     @staticmethod
@@ -142,8 +142,26 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (grad,), (x, weight) = grad_outputs, ctx.saved_tensors
-        of_x = (grad @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return of_x, give_product(ctx.weight, grad, x.float()) if ctx.needs_input_grad[1] else None
+        of_x, of_weight = None, None
+        if x.dtype != torch.bfloat16:
+            of_x = (grad @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+            return of_x, give_product(ctx.weight, grad, x.float()) if ctx.needs_input_grad[1] else None
+        parts = torch.cat(_thirds(grad), dim=1)
+        if ctx.needs_input_grad[0]:
+            of_x = parts @ weight.repeat(3, 1)
+        if ctx.needs_input_grad[1]:
+            of_weight = give(ctx.weight, product(parts.T, x).unflatten(0, (3, -1)).sum(0))
+        return of_x, of_weight
+
+
+def _thirds(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """float32 -> three in bfloat16 that add up to it: each has 8 of the 24 bits. Their products with bfloat16
+    are those of float32, and of tensor cores.
+    """
+    first = x.bfloat16()
+    rest = x - first
+    second = rest.bfloat16()
+    return first, second, (rest - second).bfloat16()
 
 
 class _Attach(torch.autograd.Function):

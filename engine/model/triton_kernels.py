@@ -12,9 +12,9 @@ from torch import Tensor
 
 # Programs that share the rows of a norm's backward pass, each with a sum of its own of the weight's gradient.
 _NORM_PROGRAMS = 528
-# Warps of the same of heads, with norms and without: as many as registers allow at once on a GPU of 132
-# multiprocessors. More would be a second round, in which most of them have nothing to do.
-_HEADS_WARPS = {True: 132 * 20, False: 132 * 32}
+# Warps of the same of heads: as many as registers allow at once on a GPU of 132 multiprocessors. More would
+# be a second round, in which most of them have nothing to do.
+_HEADS_WARPS = {"norms": 132 * 20, "bias": 132 * 16, "neither": 132 * 32}
 # Elements that a program works on at once.
 _TILE = 4096
 
@@ -197,7 +197,7 @@ def _heads_forward(
 def _heads_backward_part(
     grad, x, weight, out, sums, bias_sums, cos, sin, eps, T, G,
     SHARE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, PLACE: tl.constexpr,
-    HEADS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr,
+    HEADS: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, TURN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Heads of one kind: EACH in a group, from its PLACE on; HEADS in a token, with what pads them. ROWS are
     worked on at once, each by lanes of one warp: what warps have summed up is added after the loop.
@@ -207,7 +207,7 @@ def _heads_backward_part(
     first_total, second_total, first_bias, second_bias = nothing, nothing, nothing, nothing
     if NORM:
         first_weight, second_weight = _head_weight(weight, HALF)
-    for start in range(tl.program_id(0) * ROWS, T * HEADS, tl.num_programs(0) * ROWS):
+    for start in tl.range(tl.program_id(0) * ROWS, T * HEADS, tl.num_programs(0) * ROWS, num_stages=STAGES):
         token, head = (start + row) // HEADS, (start + row) % HEADS
         here, token = (token < T) & (head < G * EACH), token.to(tl.int64)
         slot = (token * G + head // EACH) * (SHARE + 2) + PLACE + head % EACH
@@ -254,19 +254,19 @@ def _sum_tokens(x, ROWS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr):
 def _heads_backward(
     of_query, of_key, of_value, mixed, q_weight, k_weight, out, sums, bias_sums, cos, sin, eps, T, G,
     SHARE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
-    BIAS: tl.constexpr, NORM: tl.constexpr,
+    BIAS: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     _heads_backward_part(
         of_query, mixed, q_weight, out, sums, bias_sums, cos, sin, eps, T, G,
-        SHARE, HALF, ROWS, SHARE, 0, Q_HEADS, BIAS, NORM, True,
+        SHARE, HALF, ROWS, SHARE, 0, Q_HEADS, BIAS, NORM, True, STAGES,
     )  # fmt: skip
     _heads_backward_part(
         of_key, mixed, k_weight, out, sums + 2 * HALF, bias_sums, cos, sin, eps, T, G,
-        SHARE, HALF, ROWS, 1, SHARE, K_HEADS, BIAS, NORM, True,
+        SHARE, HALF, ROWS, 1, SHARE, K_HEADS, BIAS, NORM, True, STAGES,
     )  # fmt: skip
     _heads_backward_part(
         of_value, mixed, k_weight, out, sums, bias_sums, cos, sin, eps, T, G,
-        SHARE, HALF, ROWS, 1, SHARE + 1, K_HEADS, BIAS, False, False,
+        SHARE, HALF, ROWS, 1, SHARE + 1, K_HEADS, BIAS, False, False, STAGES,
     )  # fmt: skip
 
 
@@ -440,9 +440,12 @@ def heads_backward(
     counts = (sizes["Q_HEADS"], sizes["K_HEADS"]) if wants_bias else (heads, groups)
     least = sizes["Q_HEADS"] if wants_bias else 1
     # A thread has 16 bytes of either half of one row: the compiler lets what more it has wait for the first.
-    warps = min(16, max(8 if norms is None else 4, least * dim // 512))
-    rows = max(least, warps * 512 // dim)
-    programs = min(triton.cdiv(tokens * counts[0], rows), _HEADS_WARPS[norms is not None] // warps)
+    # With sums of biases it has two rows, which makes half as many sums, and reads the next two ahead.
+    kind = "norms" if norms is not None else "bias" if wants_bias else "neither"
+    size = 1024 if kind == "bias" else 512
+    warps = min(16, max(4 if kind == "norms" else 8, least * dim // size))
+    rows = max(least, warps * size // dim)
+    programs = min(triton.cdiv(tokens * counts[0], rows), _HEADS_WARPS[kind] // warps)
     sums, bias_sums = (
         torch.empty(programs if wanted else 0, *shape, dtype=torch.float32, device=out.device)
         for wanted, shape in ((norms is not None, (2, dim)), (wants_bias, out.shape[1:]))
@@ -451,7 +454,7 @@ def heads_backward(
         _heads_backward[(programs,)](
             *grads, out if mixed is None else mixed, *(norms or (None, None)), out, sums, bias_sums, cos, sin,
             eps, tokens, groups, SHARE=share, HALF=dim // 2, ROWS=rows, Q_HEADS=counts[0], K_HEADS=counts[1],
-            BIAS=wants_bias, NORM=norms is not None, num_warps=warps,
+            BIAS=wants_bias, NORM=norms is not None, STAGES=2 if kind == "bias" else 1, num_warps=warps,
         )  # fmt: skip
     return out, bias_sums if wants_bias else None, sums if norms is not None else None
 

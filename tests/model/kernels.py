@@ -192,7 +192,7 @@ def check_heads_in_turns(like: Tensor, tokens: int, *, bias: bool = False, norms
     """Programs that have several blocks each, which takes many tokens unless programs are few."""
     import engine.model.triton_kernels as kernels
 
-    with mock.patch.dict(kernels._HEADS_WARPS, {True: 8, False: 16}):
+    with mock.patch.dict(kernels._HEADS_WARPS, {"norms": 8, "bias": 16}):
         check_heads(like, tokens, 3, 1, 128, bias=bias, norms=norms)
 
 
@@ -293,6 +293,28 @@ def check_attention(like: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[
         assert relative(found, truth) <= bound
 
 
+def check_grouped(like: Tensor, counts: Sequence[int], out: int, into: int) -> None:
+    """Products of experts' rows are added to a part of a buffer; experts without rows keep what they have."""
+    import engine.model.triton_grouped as kernels
+
+    if not like.is_cuda and like.dtype == torch.bfloat16:
+        like = like.half()  # the interpreter multiplies no matrices of bf16
+    grads, inputs = numbers(sum(counts), out, like=like), numbers(sum(counts), into, like=like, seed=1)
+    ends = torch.tensor(counts, device=like.device).cumsum(0).int()
+    border, size = 4, len(counts) * out * into
+    buffer = numbers(border + size + border, like=like.float(), scale=8.0, seed=2)
+    before, total = buffer.clone(), buffer[border:-border].view(-1, out, into)
+    pairs = zip(grads.double().split(counts), inputs.double().split(counts), strict=True)
+    wanted = before.double()
+    wanted[border:-border].view_as(total).add_(torch.stack([a.T @ b for a, b in pairs]))
+    kernels.add_grouped_products(total, grads, inputs, ends)
+    assert_close(buffer, wanted, torch.float32)
+    assert torch.equal(buffer[:border], before[:border])
+    assert torch.equal(buffer[-border:], before[-border:])
+    for index, expert in enumerate(before[border:-border].view_as(total)):
+        assert counts[index] or torch.equal(total[index], expert)
+
+
 Check = Callable[[Tensor], None]
 
 # Sizes that are no multiple of any block, and more rows than one program takes.
@@ -319,11 +341,15 @@ SMALL: Mapping[str, Check] = {
     "empty": check_empty,
 }
 
-# In the interpreter alone: on a GPU tests/model/test_attention.py has more, in half precision, which is all
-# that attention uses these kernels for.
+# In the interpreter alone: on a GPU tests/model/test_attention.py and test_grouped.py have more, in half
+# precision, which is all that these kernels are used for.
 INTERPRETED: Mapping[str, Check] = {
     "attention, documents": lambda like: check_attention(like, (5, 200, 1, 131), (5, 200, 1, 131), 2),
     "attention, chunks": lambda like: check_attention(like, (64, 40), (130, 300), 1),
+    "experts, several tiles": lambda like: check_grouped(like, (5, 0, 64, 0, 133), 136, 264),
+    "experts, whole tiles": lambda like: check_grouped(like, (0, 65, 128), 128, 256),
+    "experts, odd sizes": lambda like: check_grouped(like, (3, 70, 0), 7, 1),
+    "experts without rows": lambda like: check_grouped(like, (0, 0), 8, 8),
 }
 
 # Shapes of published models (hidden 3584 and F 18944 are Qwen2.5-7B's), for a GPU.

@@ -101,18 +101,24 @@ def test_halves_are_routed_in_fp32() -> None:
     assert torch.equal(chosen, wanted > 0)
 
 
-def test_the_gradient_of_halves_goes_to_megatrons_buffer_unrounded() -> None:
-    mine, x = router(params_dtype=torch.bfloat16), tokens(64).bfloat16()
-    mine.weight.main_grad = torch.ones(EXPERTS, HIDDEN)
-    upstream = numbers(64, EXPERTS, seed=3)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_gradient_of_halves_is_rounded_nowhere(device: str) -> None:
+    """That of the weight in Megatron's buffer; that of the tokens once, to their dtype."""
+    mine, x = router(params_dtype=torch.bfloat16).to(device), tokens(64).bfloat16().to(device)
+    mine.weight.main_grad = torch.ones(EXPERTS, HIDDEN, device=device)
+    x.requires_grad_()
+    upstream = numbers(64, EXPERTS, seed=3).to(device)
     weights, _ = mine(x)
     weights.backward(upstream)
-    wide = mine.weight.detach().double().requires_grad_()
-    best, indices = (x.flatten(0, 1).double() @ wide.T).softmax(-1).topk(TOP_K)
-    exact = torch.zeros(64, EXPERTS, dtype=torch.float64)
+    wide, exact_x = (tensor.detach().double().requires_grad_() for tensor in (mine.weight, x))
+    best, indices = (exact_x.flatten(0, 1) @ wide.T).softmax(-1).topk(TOP_K)
+    exact = torch.zeros(64, EXPERTS, dtype=torch.float64, device=device)
     exact.scatter(1, indices, best / best.sum(-1, keepdim=True)).backward(upstream.double())
     assert mine.weight.grad_added_to_main_grad
     torch.testing.assert_close(mine.weight.main_grad.double() - 1, wide.grad, rtol=1e-5, atol=1e-5)
+    assert x.grad is not None
+    assert exact_x.grad is not None
+    torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=2**-8, atol=1e-5)
 
 
 # Capacity

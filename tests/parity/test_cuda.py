@@ -11,7 +11,6 @@ from converters.adapter import open_adapter
 from converters.convert import to_hf
 from converters.mapping import weight_map
 from engine.config.options import MoeOptions, OptimizerOptions, ParallelOptions
-from engine.model.experts import ExpertMatrices
 from engine.model.spec import load_model_spec
 from tests.parity.test_experts import AUX_LOSS_COEF
 from tests.parity.test_experts import LAYOUTS as EXPERT_LAYOUTS
@@ -178,26 +177,3 @@ def test_transformer_engine_and_torch_read_each_others_checkpoints(
     to_hf(tmp_path / "run-2" / "checkpoint-0", tmp_path / "back")
     name = "model.safetensors"
     assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("width", [64, 8, 4], ids=lambda width: f"{width} features")
-def test_one_kernel_for_all_experts(width: int) -> None:
-    """Against the experts one by one in fp64; with experts that no token went to, at both ends, too."""
-    torch.manual_seed(0)
-    counts = [0, 5, 0, 33, 1, 0]
-    tokens = torch.randn(sum(counts), 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(len(counts), width, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    upstream = torch.randn(sum(counts), width, device="cuda", dtype=torch.bfloat16)
-    out = ExpertMatrices(weight=weight).apply(tokens, counts)
-    out.backward(upstream)
-    wide = [t.detach().double().requires_grad_() for t in (tokens, weight)]
-    parts = zip(wide[0].split(counts), wide[1], strict=True)
-    expected = torch.cat([part @ matrix.T for part, matrix in parts])
-    expected.backward(upstream.double())
-    for found, wanted in ((out, expected), (tokens.grad, wide[0].grad), (weight.grad, wide[1].grad)):
-        assert found is not None
-        assert wanted is not None
-        torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=2e-2)
-    assert weight.grad is not None
-    assert not weight.grad[[0, 2, 5]].any()
