@@ -161,7 +161,8 @@ class LayerActivations:
         parts: dict[str, float] = {"mlp": router + moe.top_k * routed * size}
         if width := self._shared_width:
             shared = "mlp.shared_experts.linear_"
-            parts["mlp input"] = hidden * size
+            adapted = self.adapters.get(f"{shared}fc1") and not self.dropout
+            parts["mlp input"] = hidden * size if adapted or not self.frozen else 0
             parts["shared expert"] = (
                 self._input(f"{shared}fc1", hidden, is_kept=True)
                 + 2 * width * size

@@ -1,8 +1,8 @@
 """How tokens come to the experts that the router chose for them, and their results back.
 
-Megatron's dispatchers do it; here is the order that they put tokens in where Transformer Engine does not, and
-the dispatcher that takes ranks with different numbers of tokens. Megatron's own functions for it add results
-up by atomics, in the dtype of the run and in any order.
+Megatron's dispatchers do it; here is the order that they put tokens in, and the dispatchers of ranks that
+have all experts and of ranks with different numbers of tokens. Megatron's own functions for the order add
+results up by atomics, in the dtype of the run and in any order.
 
 Shape suffixes: T tokens, E experts, H hidden size, N rows: a token has one for every expert it goes to.
 """
@@ -21,7 +21,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoETokenDispatcher
 from torch import Tensor
 
-from engine.model.fused import sum_rows
+from engine.model.fused import reordered, sum_rows
+from engine.runtime.kernels import to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,21 @@ def unpermute(rows_NH: Tensor, order: ByExpert) -> Tensor:
     """[T, H]: the sum of each token's rows, in float32 before it is rounded once."""
     out: Tensor = _Collect.apply(rows_NH, order)
     return out
+
+
+def sort_chunks(
+    rows_NH: Tensor, sizes: Tensor, order: Tensor, probs: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Rows that came in chunks of `sizes`, and their probabilities [N], chunk by chunk in another order; both
+    int64 of all chunks, on the host.
+    """
+    shares = sizes[order]
+    starts, new_starts = sizes.cumsum(0) - sizes, shares.cumsum(0) - shares
+    moved = (starts[order] - new_starts).repeat_interleave(shares)
+    index = to_device(moved + torch.arange(len(moved)), rows_NH.device)
+    inverse = torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
+    rows = reordered(rows_NH, index, inverse)
+    return rows, None if probs is None else reordered(probs, index, inverse)
 
 
 class _Spread(torch.autograd.Function):

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from engine.model.dispatch import AllGatherDispatcher, OwnDispatcher, permute, unpermute
+from engine.model.dispatch import AllGatherDispatcher, OwnDispatcher, permute, sort_chunks, unpermute
 from engine.model.fused import weighted_swiglu
 from engine.model.grouped import Shares, grouped_linear
 from engine.model.layers import GatedMLP
@@ -40,7 +40,7 @@ class MixtureOfExperts(MoELayer):
         pg_collection: Any = None,
         **more: Any,
     ) -> None:
-        mcore.use_permutation(permute, unpermute)
+        mcore.use_permutation(permute, unpermute, sort_chunks)
         groups = pg_collection or get_default_pg_collection()
         super().__init__(config, *arguments, pg_collection=groups, **more)
         if groups.tp_ep.size() == 1:

@@ -34,7 +34,7 @@ def give_product(weight: Tensor, grads: Tensor, inputs: Tensor) -> Tensor:
 
 
 def give(weight: Tensor, gradient: Tensor) -> Tensor:
-    """Add a weight's gradient, float32, to Megatron's buffer; what a backward pass then returns for it, as
+    """Add a weight's gradient to Megatron's buffer; what a backward pass then returns for it, as
     `give_product`.
     """
     buffer = gradient_buffer(weight)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.model.gradients import added, gradient_buffer
+from engine.model.gradients import added, give, gradient_buffer
 from engine.runtime.kernels import add_product, compiles_for, to_device
 
 # One kernel for the matrices of all experts; torch 2.10 made it public.
@@ -52,7 +52,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, shares: Shares) -> Tensor:
         rows = rows.contiguous()
-        ctx.save_for_backward(rows, weight)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight)
         ctx.weight, ctx.shares = weight, shares  # the parameter itself, which has the gradient buffer
         return _products(rows, weight.transpose(1, 2), shares)
 
@@ -81,7 +81,8 @@ def _give_products(weight: Tensor, grads: Tensor, rows: Tensor, shares: Shares) 
         add_grouped_products(buffer, grads, rows, shares.ends)
         return added(weight)
     if fast:
-        return grouped_mm(grads.T, rows, offs=shares.ends)
+        products: Tensor = grouped_mm(grads.T, rows, offs=shares.ends)
+        return products if buffer is None else give(weight, products)
     parts = zip(grads.split(shares.sizes), rows.split(shares.sizes), strict=True)
     if buffer is None:
         return torch.stack([grad.T @ part for grad, part in parts])

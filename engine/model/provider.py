@@ -94,7 +94,7 @@ def transformer_config(
         **_recompute(recompute, platform, lora=lora),
         "distribute_saved_activations": False,
         **_fp8(platform),
-        **(_experts(spec, layout, platform, moe or MoeOptions()) if spec.moe is not None else {}),
+        **(_experts(spec, layout, moe or MoeOptions()) if spec.moe is not None else {}),
     }
     return TransformerConfig(**mcore.known_fields(TransformerConfig, values))
 
@@ -121,9 +121,7 @@ def _parallelism(layout: ParallelLayout, platform: Platform) -> dict[str, Any]:
     }
 
 
-def _experts(
-    spec: ModelSpec, layout: ParallelLayout, platform: Platform, options: MoeOptions
-) -> dict[str, Any]:
+def _experts(spec: ModelSpec, layout: ParallelLayout, options: MoeOptions) -> dict[str, Any]:
     moe = spec.moe
     assert moe is not None
     return {
@@ -136,7 +134,6 @@ def _experts(
         "moe_router_dtype": "fp32",
         # Braid's router has the loss of all layers together.
         "moe_router_load_balancing_type": "none",
-        "moe_permute_fusion": platform.use_te,
         "moe_expert_capacity_factor": options.moe_expert_capacity_factor,
         "moe_token_drop_policy": options.moe_token_drop_policy or "probs",
         "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size,

@@ -135,16 +135,16 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.weight = weight  # the parameter itself, which has the gradient buffer
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.dtype, ctx.weight = x.dtype, weight  # the parameter itself, which has the gradient buffer
         return product(x, weight.T)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (grad,), (x, weight) = grad_outputs, ctx.saved_tensors
         of_x, of_weight = None, None
-        if x.dtype != torch.bfloat16:
-            of_x = (grad @ weight.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        if ctx.dtype != torch.bfloat16:
+            of_x = (grad @ weight.float()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
             return of_x, give_product(ctx.weight, grad, x.float()) if ctx.needs_input_grad[1] else None
         parts = torch.cat(_thirds(grad), dim=1)
         if ctx.needs_input_grad[0]:

@@ -429,8 +429,9 @@ def heads_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of queries, keys and values, contiguous, and with norms what `heads_forward` took -> that of
     [T, width]; where it is wanted that of the bias in parts, float32 [parts, width], which add up to it; and
-    with norms those of both weights, [parts, 2, D].
+    with norms those of both weights, [parts, 2, D]. Not both: norms would need the product with its bias.
     """
+    assert norms is None or not wants_bias
     (tokens, heads, dim), groups = grads[0].shape, grads[1].shape[1]
     out = grads[0].new_empty(tokens, (heads + 2 * groups) * dim)
     share = heads // groups

@@ -232,9 +232,11 @@ class _WeightGradients:
         add_product(total, grads.T, inputs)
 
 
-def use_permutation(permute: Callable[..., Any], unpermute: Callable[..., Any]) -> None:
+def use_permutation(
+    permute: Callable[..., Any], unpermute: Callable[..., Any], sort_chunks: Callable[..., Any]
+) -> None:
     """Have Megatron's dispatchers put tokens in the order of their experts by these functions of
-    engine.model.dispatch, except where Transformer Engine does it. A second call changes nothing.
+    engine.model.dispatch. A second call changes nothing.
     """
     import megatron.core.transformer.moe.moe_utils as theirs
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -242,16 +244,17 @@ def use_permutation(permute: Callable[..., Any], unpermute: Callable[..., Any]) 
     # megatron-core 0.19 has two results more, for fp8.
     more = (None, None) if "align_size" in inspect.signature(theirs.permute).parameters else ()
 
-    def forward(tokens: Any, chosen: Any, *, fused: bool, num_out_tokens: Any, **others: Any) -> Any:
-        if fused:
-            arguments = {"fused": fused, "num_out_tokens": num_out_tokens, **others}
-            return theirs.permute(tokens, chosen, **arguments)
-        return (*permute(tokens, chosen, others.get("probs"), int(num_out_tokens)), *more)
+    def forward(tokens: Any, chosen: Any, *, num_out_tokens: Any, probs: Any = None, **others: Any) -> Any:
+        return (*permute(tokens, chosen, probs, int(num_out_tokens)), *more)
 
-    def backward(rows: Any, order: Any, *, fused: bool, **others: Any) -> Any:
-        return theirs.unpermute(rows, order, fused=fused, **others) if fused else unpermute(rows, order)
+    def backward(rows: Any, order: Any, **others: Any) -> Any:
+        return unpermute(rows, order)
+
+    def sort(rows: Any, sizes: Any, order: Any, probs: Any = None, **others: Any) -> Any:
+        return sort_chunks(rows, sizes, order, probs)
 
     token_dispatcher.permute, token_dispatcher.unpermute = forward, backward
+    token_dispatcher.sort_chunks_by_idxs = sort
 
 
 def _stay_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

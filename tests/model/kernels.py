@@ -192,7 +192,7 @@ def check_heads_in_turns(like: Tensor, tokens: int, *, bias: bool = False, norms
     """Programs that have several blocks each, which takes many tokens unless programs are few."""
     import engine.model.triton_kernels as kernels
 
-    with mock.patch.dict(kernels._HEADS_WARPS, {"norms": 8, "bias": 16}):
+    with mock.patch.dict(kernels._HEADS_WARPS, {"norms": 8, "bias": 16, "neither": 16}):
         check_heads(like, tokens, 3, 1, 128, bias=bias, norms=norms)
 
 
@@ -331,6 +331,8 @@ SMALL: Mapping[str, Check] = {
     "weighted swiglu": lambda like: check_weighted_swiglu(like, 5, 1030),
     "weighted swiglu, narrow": lambda like: check_weighted_swiglu(like, 300, 7),
     "heads, one group": lambda like: check_heads(like, 9, 4, 1, 16),
+    "heads, as many groups": lambda like: check_heads(like, 9, 3, 3, 16, bias=True),
+    "heads, several blocks": lambda like: check_heads_in_turns(like, 45),
     "heads with a bias, no power of 2": lambda like: check_heads(like, 5, 28, 4, 8, bias=True),
     "normed heads": lambda like: check_heads(like, 5, 6, 2, 16, norms=True),
     "normed heads, several blocks": lambda like: check_heads_in_turns(like, 45, norms=True),

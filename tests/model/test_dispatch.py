@@ -1,13 +1,15 @@
 """The order that tokens are put in for their experts, against Megatron's own functions."""
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import megatron.core.transformer.moe.moe_utils as theirs
 import pytest
 import torch
 from torch import Tensor
 
-from engine.model.dispatch import permute, unpermute
+from engine.model.dispatch import OwnDispatcher, permute, sort_chunks, unpermute
 from tests.model.kernels import numbers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -68,6 +70,49 @@ def test_equals_megatrons_order(case: str, device: str) -> None:
         results.append((out, *torch.autograd.grad(out.square().sum(), (tokens, probs))))
     for found, wanted in zip(*results, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", [(3, 0, 2, 4, 1, 7), (0,) * 6, (0, 0, 5, 0, 0, 0)], ids=str)
+def test_chunks_are_sorted_as_megatron_sorts_them(sizes: Sequence[int], device: str) -> None:
+    """What three ranks sent to two experts, and back; values and gradients, bit by bit."""
+    like = torch.zeros((), dtype=torch.bfloat16, device=device)
+    inputs = numbers(sum(sizes), HIDDEN, like=like), numbers(sum(sizes), like=like.float(), seed=2)
+    upstream = numbers(sum(sizes), HIDDEN, like=like, seed=3), numbers(sum(sizes), like=like.float(), seed=4)
+    order = torch.arange(6).view(3, 2).T.reshape(-1)
+    results = []
+    for way in (sort_chunks, theirs.sort_chunks_by_idxs):
+        rows, probs = (x.clone().requires_grad_() for x in inputs)
+        out, moved = way(rows, torch.tensor(sizes), order, probs)
+        assert moved is not None
+        gradients = torch.autograd.grad((out, moved), (rows, probs), upstream)
+        back, _ = way(out, torch.tensor(sizes)[order], order.argsort(), None)
+        assert torch.equal(back, rows)
+        results.append((out, moved, *gradients))
+    for found, wanted in zip(*results, strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("counts", [(2,) * 7, (2, 0, 1, 2, 2, 1, 0), (0,) * 3], ids=str)
+def test_a_rank_with_all_experts(counts: Sequence[int], device: str) -> None:
+    """Expert e multiplies by e + 1; tokens that an expert had no room for go without it."""
+    top_k, experts = 2, 5
+    dropping = any(count < top_k for count in counts)
+    config: Any = SimpleNamespace(moe_router_topk=top_k, moe_expert_capacity_factor=1.0 if dropping else None)
+    alone: Any = SimpleNamespace(ep=None, expt_tp=None, tp_ep=None)
+    dispatcher = OwnDispatcher(config=config, pg_collection=alone)
+    chosen = choice(counts, experts, device)
+    like = torch.zeros((), device=device)
+    tokens, probs = numbers(len(counts), 1, HIDDEN, like=like), numbers(*chosen.shape, like=like, seed=2)
+    sent = dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(tokens, chosen, probs))
+    rows, shares, weights = dispatcher.dispatch_postprocess(*sent)
+    assert shares.tolist() == chosen.sum(0).tolist()
+    factors = torch.arange(1, experts + 1, device=device).repeat_interleave(shares)
+    results = dispatcher.combine_preprocess(rows * (factors * weights)[:, None])
+    found = dispatcher.combine_postprocess(dispatcher.token_combine(results))
+    shared = (chosen * probs * torch.arange(1, experts + 1, device=device)).sum(1)
+    torch.testing.assert_close(found, tokens * shared[:, None, None])
 
 
 @pytest.mark.parametrize("device", DEVICES)

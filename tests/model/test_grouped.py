@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engine.model import grouped
 from engine.model.grouped import Shares, grouped_linear
 from tests.model.kernels import check_grouped, numbers
 
@@ -54,6 +55,33 @@ def test_equals_the_experts_one_by_one(
         torch.testing.assert_close(added, wide[1].grad, rtol=1e-4, atol=1e-4)
     else:
         torch.testing.assert_close(weight.grad.double(), wide[1].grad, **rounding)
+        assert not any(grad.any() for grad, count in zip(weight.grad, counts, strict=True) if not count)
+
+
+@pytest.mark.parametrize("width", [64, 4], ids=["one kernel", "one by one"])
+def test_micro_batches_without_rows_hide_no_gradient(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron asks once a step whether a weight's gradients go to the buffer: all do, or none does. As on a
+    GPU where nothing can be compiled.
+    """
+    monkeypatch.setattr(grouped, "_one_kernel", lambda rows, matrices: len(rows) > 0 and width > 4)
+    weight = torch.nn.Parameter(numbers(2, width, IN, like=torch.zeros((), dtype=torch.bfloat16)))
+    weight.main_grad = torch.zeros(2, width, IN)  # type: ignore[attr-defined]
+    wanted = torch.zeros(2, width, IN)
+    for counts in ([0, 0], [25, 15], [0, 0]):
+        rows = numbers(sum(counts), IN, like=weight)
+        grouped_linear(rows, weight, Shares(torch.tensor(counts), rows.device)).sum().backward()
+        assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+        for expert, part in enumerate(rows.float().split(counts)):
+            wanted[expert] += part.sum(0)
+    torch.testing.assert_close(weight.main_grad, wanted, rtol=1e-2, atol=1e-2)  # type: ignore[attr-defined]
+
+
+def test_a_frozen_weight_keeps_no_rows() -> None:
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape), lambda x: x):
+        rows = numbers(40, IN, like=torch.zeros(())).requires_grad_()
+        grouped_linear(rows, numbers(2, 64, IN, like=rows), Shares(torch.tensor([25, 15]), rows.device))
+    assert kept == [(2, 64, IN)]
 
 
 @pytest.mark.gpu

@@ -19,7 +19,17 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 )
 
 from engine.model.experts import GroupedExperts
-from engine.model.router import Balance, BalanceLoss, Join, Part, Router, from_rows, num_rows, to_rows
+from engine.model.router import (
+    Balance,
+    BalanceLoss,
+    Join,
+    Part,
+    Router,
+    _thirds,
+    from_rows,
+    num_rows,
+    to_rows,
+)
 
 HIDDEN, EXPERTS, TOP_K, WIDTH = 16, 8, 3, 12
 
@@ -119,6 +129,11 @@ def test_the_gradient_of_halves_is_rounded_nowhere(device: str) -> None:
     assert x.grad is not None
     assert exact_x.grad is not None
     torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=2**-8, atol=1e-5)
+
+
+def test_three_parts_are_all_of_a_number() -> None:
+    x = numbers(4096, seed=6) * numbers(4096, seed=7).mul(8).exp()
+    assert torch.equal(sum(part.double() for part in _thirds(x)), x.double())
 
 
 # Capacity

@@ -75,6 +75,8 @@ def again(*modules: str) -> RecomputeOptions:
             "EP2xETP2",
             {"moe": MoeOptions(router_aux_loss_coef=AUX_LOSS_COEF, moe_token_dispatcher_type="allgather")},
         ),
+        ("one process", {"recompute": RecomputeOptions(gradient_checkpointing=True)}),
+        ("one process", {"recompute": again("moe")}),
         ("EP2xPP2", {"recompute": RecomputeOptions(gradient_checkpointing=True)}),
         ("EP2xTP2", {"recompute": RecomputeOptions(recompute_granularity="selective")}),
         ("EP2xTP2", {"recompute": again("moe", "mlp_act")}),
@@ -85,6 +87,8 @@ def again(*modules: str) -> RecomputeOptions:
     ids=[
         "allgather",
         "allgather, ETP",
+        "recomputed layers of one process",
+        "recomputed experts of one process",
         "recomputed layers",
         "recomputed attention",
         "recomputed experts",

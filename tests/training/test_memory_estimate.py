@@ -4,7 +4,7 @@ Compared is what every further token adds in every further layer. Plain torch ke
 and the tests say what; all the rest must be the same numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class Case:
     recompute: Mapping[str, Any] = field(default_factory=dict)
     dropout: float | None = None
     """Of an adapter; None: full training."""
+    adapted: str | Sequence[str] = "all-linear"
+    """Its target modules."""
     mlp: bool = True
     """silu(gate) * up is computed in the forward pass, and not again."""
     layers: bool = True
@@ -66,8 +68,9 @@ class Case:
             more += 2 * hidden
         if self.cp == 1:  # values are a view of all that the fused linear returns
             more += (queries + keys) * dim
-        if spec.qk_norm:  # which is in the estimate then; and norms of heads, with their scales
-            more += (queries + keys) * (dim + 1) - (queries + 2 * keys) * dim
+        if spec.qk_norm:  # which is in the estimate then; and scales of heads, and these without their weight
+            normed = dim if self.dropout is None else 0
+            more += (queries + keys) * (normed + 1) - (queries + 2 * keys) * dim
         if self.dropout:  # masks are numbers, not bytes
             inputs = 3 * hidden + queries * dim + 2 * hidden + spec.ffn_hidden_size
             more += 0.75 * inputs
@@ -122,7 +125,12 @@ def both_growths(case: Case, workers: WorkerPool, root: Path, **shape: int) -> t
         directory = save_tiny_model(case.model, root / f"model-{layers}", num_hidden_layers=layers, **shape)
         adapter, lora = None, None
         if case.dropout is not None:
-            adapter = save_adapter(directory, root / f"adapter-{layers}", lora_dropout=case.dropout)
+            adapter = save_adapter(
+                directory,
+                root / f"adapter-{layers}",
+                lora_dropout=case.dropout,
+                target_modules=case.adapted,
+            )
             lora = read_lora_config(adapter)
         spec = load_model_spec(directory)
         for tokens in TOKENS:
@@ -148,9 +156,13 @@ def test_a_layer_keeps_what_the_estimate_says(name: str, workers: WorkerPool, tm
     assert measured == pytest.approx(expected + 4 * case.also_kept(spec) / case.ranks, abs=1)
 
 
+@pytest.mark.parametrize("dropout", [None, 0.0], ids=["full", "lora"])
 @pytest.mark.parametrize("model", ["qwen2_moe", "qwen3_moe"])
-def test_experts_keep_about_what_the_estimate_says(model: str, workers: WorkerPool, tmp_path: Path) -> None:
-    case = Case(model=model, mlp=False)
+def test_experts_keep_about_what_the_estimate_says(
+    model: str, dropout: float | None, workers: WorkerPool, tmp_path: Path
+) -> None:
+    """Adapters are in the attention alone: frozen experts keep no inputs."""
+    case = Case(model=model, mlp=False, dropout=dropout, adapted=["q_proj", "o_proj"])
     measured, expected, spec = both_growths(case, workers, tmp_path)
     moe = spec.moe
     assert moe is not None
