@@ -26,8 +26,9 @@ class BenchOptions:
     """What `braid bench train` trains on, what it measures, and where it writes the results."""
 
     shape: str | None = None
-    """A published model by name, such as qwen2.5-7b, with random weights; an unknown name lists all. The
-    alternative is --model DIR, of which only config.json is read.
+    """A published model by name, such as qwen2.5-7b, with random weights, or some of its layers, such as
+    qwen3-30b-a3b-8-layers; an unknown name lists all. The alternative is --model DIR, of which only
+    config.json is read.
     """
 
     steps: int = 5

@@ -3,8 +3,9 @@
 The numbers are those of `Qwen/Qwen2.5-7B`, `Qwen/Qwen3-8B` and so on at the Hugging Face hub.
 """
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import ConfigError
@@ -155,10 +156,17 @@ SHAPES: Mapping[str, Shape] = {
 
 
 def spec_of_shape(name: str) -> ModelSpec:
-    """The spec of a shape, in any spelling of upper and lower case. Raises ConfigError for an unknown
-    name.
+    """The spec of a shape, in any spelling of upper and lower case; `qwen3-30b-a3b-8-layers` is one with
+    fewer layers. Raises ConfigError for an unknown name, and for layers that a shape does not have.
     """
-    shape = SHAPES.get(name.lower())
+    some = re.fullmatch(r"(?P<whole>.+)-(?P<layers>\d+)-layers", name.lower())
+    shape = SHAPES.get(some["whole"] if some else name.lower())
     if shape is None:
-        raise ConfigError(f"shape {name!r} is not known; shapes are {', '.join(SHAPES)}")
+        known = f"shapes are {', '.join(SHAPES)}; with fewer layers as qwen2.5-7b-4-layers"
+        raise ConfigError(f"shape {name!r} is not known; {known}")
+    if some:
+        layers, most = int(some["layers"]), shape.num_hidden_layers
+        if not 1 <= layers <= most:
+            raise ConfigError(f"shape {name!r}: {some['whole']} has {most} layers; take from 1 to {most}")
+        shape = replace(shape, num_hidden_layers=layers)
     return model_spec_from_config(shape.config(), where=f"shape {name}")

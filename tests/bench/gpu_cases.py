@@ -12,7 +12,8 @@ LENGTH, LONG = 4096, 32768
 ROWS_MULTIPLE = 8
 """Of a global batch: whole micro-batches, and whole rows of LONG tokens."""
 
-_MICRO_BATCH: Mapping[str, int] = {"qwen2.5-1.5b": 2, "qwen2.5-3b": 4, "qwen2.5-7b": 2}
+_EXPERTS = "qwen3-30b-a3b-8-layers"
+_MICRO_BATCH: Mapping[str, int] = {"qwen2.5-1.5b": 2, "qwen2.5-3b": 4, "qwen2.5-7b": 2, _EXPERTS: 4}
 _BF16_MOMENTS = ("--exp_avg_dtype", "bfloat16", "--exp_avg_sq_dtype", "bfloat16")
 _MLP_ACT = ("--recompute_granularity", "selective", "--recompute_modules", "mlp_act")
 """Of what a layer keeps this is the largest part that costs no matrix product to compute again."""
@@ -100,6 +101,7 @@ def all_cases() -> list[Case]:
         _long(),
         *_lora("qwen2.5-7b", target="NeMo AutoModel, H100: 14,110"),
         *_lora("qwen3-8b", target="Unsloth, H200: 9,100"),
+        *_full(_EXPERTS, *_BF16_MOMENTS),
     ]
 
 

@@ -1,6 +1,7 @@
 """What a benchmark runs on: the published shapes, random rows, random weights."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from engine.config.bench import BenchOptions, TrainBenchConfig
 from engine.config.options import ModelOptions
 from engine.data.packing import pack
+from engine.errors import ConfigError
 from launch.bench.data import random_store
 from launch.bench.paper import read_spec
 from launch.bench.shapes import SHAPES, spec_of_shape
@@ -57,6 +59,28 @@ def test_few_experts_work_on_a_token(name: str, billions: float) -> None:
     # Published counts of active parameters include the embedding.
     active = spec.train_flops_per_token(0) / 6 + spec.vocab_size * spec.hidden_size
     assert active / 1e9 == pytest.approx(billions, rel=0.03)
+
+
+def test_some_layers_of_a_shape() -> None:
+    whole, some = spec_of_shape("qwen3-30b-a3b"), spec_of_shape("Qwen3-30B-A3B-8-layers")
+    assert some.num_layers == 8
+    layer = (whole.num_parameters() - some.num_parameters()) / 40
+    assert whole.num_parameters() - 48 * layer == some.num_parameters() - 8 * layer
+    assert spec_of_shape("tiny-4-layers") == spec_of_shape("tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("qwen2.5-7b-29-layers", "qwen2.5-7b has 28 layers; take from 1 to 28"),
+        ("tiny-0-layers", "tiny has 4 layers; take from 1 to 4"),
+        ("qwen9-4-layers", "is not known; shapes are qwen2.5-0.5b, "),
+        ("qwen2.5-7b--1-layers", "is not known"),
+    ],
+)
+def test_layers_that_a_shape_does_not_have(name: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        spec_of_shape(name)
 
 
 def test_only_the_configuration_of_a_directory_is_read(tmp_path: Path) -> None:
