@@ -81,8 +81,7 @@ def _give_products(weight: Tensor, grads: Tensor, rows: Tensor, shares: Shares) 
         add_grouped_products(buffer, grads, rows, shares.ends)
         return added(weight)
     if fast:
-        products: Tensor = grouped_mm(grads.T, rows, offs=shares.ends)
-        return products if buffer is None else give(weight, products)
+        return give(weight, grouped_mm(grads.T, rows, offs=shares.ends))
     parts = zip(grads.split(shares.sizes), rows.split(shares.sizes), strict=True)
     if buffer is None:
         return torch.stack([grad.T @ part for grad, part in parts])
