@@ -1,13 +1,12 @@
 """How tokens come to the experts that the router chose for them, and their results back.
 
-Megatron's dispatchers do it; here is the order that they put tokens in, and the dispatchers of ranks that
-have all experts and of ranks with different numbers of tokens. Megatron's own functions for the order add
-results up by atomics, in the dtype of the run and in any order.
+In place of Megatron's dispatchers, which send a token to a rank once for every expert it has there, wait for
+the device more often, and add results up by atomics, in the dtype of the run and in any order.
 
-Shape suffixes: T tokens, E experts, H hidden size, N rows: a token has one for every expert it goes to.
+Shape suffixes: T tokens, E experts, K experts of this rank, R ranks of expert parallelism, H hidden size, N
+rows: a token has one for every expert it goes to.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +14,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
+    all_to_all,
     gather_from_sequence_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoETokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from engine.model.fused import reordered, sum_rows
-from engine.runtime.kernels import to_device
+from engine.model.fused import sum_rows
+from engine.runtime.uneven import gather, reduce_scatter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,21 +80,6 @@ def unpermute(rows_NH: Tensor, order: ByExpert) -> Tensor:
     return out
 
 
-def sort_chunks(
-    rows_NH: Tensor, sizes: Tensor, order: Tensor, probs: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Rows that came in chunks of `sizes`, and their probabilities [N], chunk by chunk in another order; both
-    int64 of all chunks, on the host.
-    """
-    shares = sizes[order]
-    starts, new_starts = sizes.cumsum(0) - sizes, shares.cumsum(0) - shares
-    moved = (starts[order] - new_starts).repeat_interleave(shares)
-    index = to_device(moved + torch.arange(len(moved)), rows_NH.device)
-    inverse = torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=index.device))
-    rows = reordered(rows_NH, index, inverse)
-    return rows, None if probs is None else reordered(probs, index, inverse)
-
-
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, order: ByExpert) -> Tensor:
@@ -120,11 +106,17 @@ class _Collect(torch.autograd.Function):
 class OwnDispatcher(MoETokenDispatcher):
     """Of a rank that has all experts: rows come in their order at once, nothing is exchanged, and only
     where tokens are dropped something waits for the device, for how many are left.
+
+    `experts` is how many this rank has.
     """
 
     shape: torch.Size
     chosen: Tensor
     order: ByExpert
+
+    def __init__(self, experts: int, *, config: TransformerConfig, pg_collection: Any) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.experts = experts
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -138,13 +130,18 @@ class OwnDispatcher(MoETokenDispatcher):
         return hidden_states, probs
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [N, H], how many each expert has, int64 [E] on the device, and the probability of each row."""
+        """Rows [N, H], how many each expert has, int64 [K] on the device, and the probability of each row."""
         count = len(hidden_states) * self.config.moe_router_topk
         if self.config.moe_expert_capacity_factor is not None:
             count = int(self.chosen.sum())
-        rows, row_probs, self.order = permute(hidden_states, self.chosen, probs, count)
+        return self._rows(hidden_states, self.chosen.sum(dim=0), probs, count)
+
+    def _rows(
+        self, tokens: Tensor, shares: Tensor, probs: Tensor, count: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, row_probs, self.order = permute(tokens, self.chosen, probs, count)
         assert row_probs is not None
-        return rows, self.chosen.sum(dim=0), row_probs
+        return rows, shares, row_probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """[N, H] -> [T, H]."""
@@ -159,28 +156,112 @@ class OwnDispatcher(MoETokenDispatcher):
         return hidden_states.view(self.shape)
 
 
-class AllGatherDispatcher(MoEAllGatherTokenDispatcher):
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """How many tokens go where, known to the host."""
+
+    sent: list[int]
+    """[R]: from this rank to each rank of expert parallelism."""
+    received: list[int]
+    """[R]: from each of them."""
+    gathered: list[int]
+    """Received by each of the ranks that share the same experts' widths."""
+    shares: Tensor
+    """int64 [K]: rows of each expert of this rank."""
+
+    @classmethod
+    def of(cls, chosen_TE: Tensor, wanted_TR: Tensor, dispatcher: MoETokenDispatcher) -> "Traffic":
+        """From what every rank's tokens chose, which is where a rank waits for the device: once a layer."""
+        experts, (ranks, rank) = chosen_TE.shape[1], (dispatcher.ep_size, dispatcher.ep_group.rank())
+        own = torch.cat([chosen_TE.sum(0), wanted_TR.sum(0)])
+        every = own.new_empty(ranks * dispatcher.tp_size * len(own))
+        dist.all_gather_into_tensor(every, own, group=dispatcher.tp_ep_group)
+        counts = every.view(ranks, dispatcher.tp_size, -1).cpu()
+        tokens, share = counts[..., experts:], experts // ranks
+        return cls(
+            sent=tokens[rank, dispatcher.tp_rank].tolist(),
+            received=tokens[:, dispatcher.tp_rank, rank].tolist(),
+            gathered=tokens[..., rank].sum(0).tolist(),
+            shares=counts[..., rank * share : (rank + 1) * share].sum((0, 1)),
+        )
+
+
+class AllToAllDispatcher(OwnDispatcher):
+    """A token is sent once to every rank that has experts for it, however many; there its rows are made, and
+    what these experts return is added up before it goes back.
+    """
+
+    traffic: Traffic
+    sent: ByExpert
+    """Of the tokens, by the ranks they go to."""
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """[T, 1, H] -> the tokens by the rank they go to, [sent, H], and of each the probabilities of that
+        rank's experts, [sent, K], -1 where it did not choose them.
+        """
+        self.shape = hidden_states.shape
+        by_rank = (len(routing_map), self.ep_size, self.experts)
+        wanted_TR = routing_map.view(by_rank).any(-1)
+        self.traffic = Traffic.of(routing_map, wanted_TR, self)
+        tokens, _, self.sent = permute(hidden_states.flatten(0, -2), wanted_TR, None, sum(self.traffic.sent))
+        marked = probs.where(routing_map, -1.0).view(by_rank).transpose(0, 1).reshape(-1, self.experts)
+        return tokens, marked.index_select(0, self.sent.places)
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of this rank's tokens -> of those that chose an expert of it, [gathered, H] and [gathered, K]."""
+        return self._receive(hidden_states), self._receive(probs)
+
+    def _receive(self, sent: Tensor) -> Tensor:
+        received: Tensor = all_to_all(self.ep_group, sent, self.traffic.received, self.traffic.sent)
+        return gather(received, self.traffic.gathered, self.tp_group) if self.tp_size > 1 else received
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [N, H], how many each expert has, int64 [K] on the host, and the probability of each row."""
+        self.chosen = probs.detach() != -1.0  # true of what is no number, as the counts have it
+        return self._rows(hidden_states, self.traffic.shares, probs, int(self.traffic.shares.sum()))
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        """Results of this rank's experts for what came -> of all for its own tokens, [sent, H]."""
+        if self.tp_size > 1:
+            hidden_states = reduce_scatter(hidden_states, self.traffic.gathered, self.tp_group)
+        out: Tensor = all_to_all(self.ep_group, hidden_states, self.traffic.sent, self.traffic.received)
+        return out
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        """[sent, H] -> [T, 1, H]."""
+        return unpermute(hidden_states, self.sent).view(self.shape)
+
+
+class AllGatherDispatcher(OwnDispatcher):
     """Every rank sees the tokens of all, works on those of its experts, and results are added up. Ranks with
     fewer tokens than others pad, with rows that no expert gets.
     """
 
-    routing_map: Tensor
     own: int
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """[T, H] and [T, E] of this rank -> those of all ranks, padding included."""
-        self.own = hidden_states.shape[0]
+        """[T, H] and [T, E] of this rank -> of all ranks, padding included, [T, H] and [T, K]."""
+        self.own = len(hidden_states)
         most = torch.tensor(self.own, device=hidden_states.device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.tp_ep_group)
-        missing = int(most) - self.own
-        arguments: Mapping[str, Any] = {"group": self.tp_ep_group}
+        padding = (0, 0, 0, int(most) - self.own)
+        first = self.ep_group.rank() * self.experts
+        mine = slice(first, first + self.experts)
+
+        def of_all(part: Tensor) -> Tensor:
+            whole: Tensor = gather_from_sequence_parallel_region(F.pad(part, padding), group=self.tp_ep_group)
+            return whole
+
         with torch.no_grad():
-            chosen = F.pad(self.routing_map.to(torch.uint8), (0, 0, 0, missing))
-            self.routing_map = gather_from_sequence_parallel_region(chosen, **arguments).bool()
-        return (
-            gather_from_sequence_parallel_region(F.pad(hidden_states, (0, 0, 0, missing)), **arguments),
-            gather_from_sequence_parallel_region(F.pad(probs, (0, 0, 0, missing)), **arguments),
-        )
+            self.chosen = of_all(self.chosen.to(torch.uint8))[:, mine].bool()
+        return of_all(hidden_states), of_all(probs)[:, mine]
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [N, H], how many each expert has, int64 [K] on the host, and the probability of each row."""
+        shares = self.chosen.sum(dim=0).cpu()
+        return self._rows(hidden_states, shares, probs, int(shares.sum()))
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Results of this rank's experts for all tokens -> all experts' results for its own, [T, H]."""

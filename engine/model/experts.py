@@ -20,16 +20,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from engine.model.dispatch import AllGatherDispatcher, OwnDispatcher, permute, sort_chunks, unpermute
+from engine.model.dispatch import AllGatherDispatcher, AllToAllDispatcher, OwnDispatcher
 from engine.model.fused import weighted_swiglu
 from engine.model.grouped import Shares, grouped_linear
 from engine.model.layers import GatedMLP
-from engine.runtime import mcore
+
+_DISPATCHERS = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}
 
 
 class MixtureOfExperts(MoELayer):
-    """Megatron's layer; `dispatcher` allgather is the one that takes ranks with different numbers of
-    tokens. A rank that has all experts to itself needs neither.
+    """Megatron's layer with Braid's dispatchers: `dispatcher` is alltoall or allgather, and a rank that has
+    all experts to itself needs neither.
     """
 
     def __init__(
@@ -40,15 +41,11 @@ class MixtureOfExperts(MoELayer):
         pg_collection: Any = None,
         **more: Any,
     ) -> None:
-        mcore.use_permutation(permute, unpermute, sort_chunks)
         groups = pg_collection or get_default_pg_collection()
         super().__init__(config, *arguments, pg_collection=groups, **more)
-        if groups.tp_ep.size() == 1:
-            self.token_dispatcher = OwnDispatcher(config=config, pg_collection=groups)
-        elif dispatcher == "allgather":
-            self.token_dispatcher = AllGatherDispatcher(
-                self.num_local_experts, self.local_expert_indices, config=config, pg_collection=groups
-            )
+        alone = groups.tp_ep.size() == 1
+        kind = OwnDispatcher if alone else _DISPATCHERS[dispatcher]
+        self.token_dispatcher = kind(self.num_local_experts, config=config, pg_collection=groups)
 
 
 class ExpertLayer(TransformerLayer):

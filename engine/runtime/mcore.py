@@ -8,10 +8,9 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import inspect
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -190,13 +189,6 @@ def adapt_megatron(platform: Platform) -> None:
     if platform.is_cpu:
         random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-        import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-
-        from engine.runtime import uneven
-
-        token_dispatcher.maybe_move_tensor_to_cpu = _stay_on_cpu
-        token_dispatcher.gather_from_sequence_parallel_region = uneven.gather
-        token_dispatcher.reduce_scatter_to_sequence_parallel_region = uneven.reduce_scatter
     from engine.runtime.adam import FusedAdamW
 
     # One optimizer everywhere: its moments can be bf16 without Transformer Engine too.
@@ -230,36 +222,6 @@ class _WeightGradients:
         float32 buffer [out, in].
         """
         add_product(total, grads.T, inputs)
-
-
-def use_permutation(
-    permute: Callable[..., Any], unpermute: Callable[..., Any], sort_chunks: Callable[..., Any]
-) -> None:
-    """Have Megatron's dispatchers put tokens in the order of their experts by these functions of
-    engine.model.dispatch. A second call changes nothing.
-    """
-    import megatron.core.transformer.moe.moe_utils as theirs
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-
-    # megatron-core 0.19 has two results more, for fp8.
-    more = (None, None) if "align_size" in inspect.signature(theirs.permute).parameters else ()
-
-    def forward(tokens: Any, chosen: Any, *, num_out_tokens: Any, probs: Any = None, **others: Any) -> Any:
-        return (*permute(tokens, chosen, probs, int(num_out_tokens)), *more)
-
-    def backward(rows: Any, order: Any, **others: Any) -> Any:
-        return unpermute(rows, order)
-
-    def sort(rows: Any, sizes: Any, order: Any, probs: Any = None, **others: Any) -> Any:
-        return sort_chunks(rows, sizes, order, probs)
-
-    token_dispatcher.permute, token_dispatcher.unpermute = forward, backward
-    token_dispatcher.sort_chunks_by_idxs = sort
-
-
-def _stay_on_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """Megatron's function leaves alone what is not on a GPU, and then has no numbers for all_to_all."""
-    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def known_fields(config_class: type, values: dict[str, Any]) -> dict[str, Any]:

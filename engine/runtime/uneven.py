@@ -1,10 +1,8 @@
-"""Exchanges of uneven parts over gloo, which has even ones only: parts are padded to the longest.
-
-In place of the functions of Megatron that its token dispatcher calls.
+"""Megatron's gathering and scattering of the first dimension, for parts of different lengths on gloo too: it
+exchanges even ones only, and parts are padded to the longest.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,36 +11,30 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
 
-def gather(
-    part: Tensor, *arguments: Any, output_split_sizes: Sequence[int] | None = None, **more: Any
-) -> Tensor:
-    """Megatron's gather_from_sequence_parallel_region. [n_r, ...] of rank r -> [sum(n), ...], where n are
-    `output_split_sizes`.
+def gather(part: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """[n_r, ...] of rank r -> [sum(n), ...] on every rank, where n are `lengths`. Gradients are added up over
+    the ranks.
     """
-    if output_split_sizes is None:
-        return mappings.gather_from_sequence_parallel_region(part, *arguments, **more)
-    longest = max(output_split_sizes)
-    whole = mappings.gather_from_sequence_parallel_region(_pad(part, longest), *arguments, **more)
-    parts = zip(whole.split(longest), output_split_sizes, strict=True) if longest else ()
+    if part.is_cuda:
+        return mappings.gather_from_sequence_parallel_region(
+            part, group=group, output_split_sizes=list(lengths)
+        )
+    longest = max(lengths)
+    whole = mappings.gather_from_sequence_parallel_region(_pad(part, longest), group=group)
+    parts = zip(whole.split(longest), lengths, strict=True) if longest else ()
     return torch.cat([padded[:length] for padded, length in parts]) if longest else whole
 
 
-def reduce_scatter(
-    whole: Tensor,
-    group: dist.ProcessGroup | None = None,
-    input_split_sizes: Sequence[int] | None = None,
-    **more: Any,
-) -> Tensor:
-    """Megatron's reduce_scatter_to_sequence_parallel_region. [sum(n), ...] -> rank r's sum of [n_r, ...],
-    where n are `input_split_sizes`.
-    """
-    if input_split_sizes is None:
-        return mappings.reduce_scatter_to_sequence_parallel_region(whole, group=group, **more)
-    assert group is not None
-    longest = max(input_split_sizes)
-    padded = [_pad(part, longest) for part in whole.split(list(input_split_sizes))]
-    own = mappings.reduce_scatter_to_sequence_parallel_region(torch.cat(padded), group=group, **more)
-    return own[: input_split_sizes[group.rank()]]
+def reduce_scatter(whole: Tensor, lengths: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """[sum(n), ...] -> on rank r the sum over ranks of its part, [n_r, ...], where n are `lengths`."""
+    if whole.is_cuda:
+        return mappings.reduce_scatter_to_sequence_parallel_region(
+            whole, group=group, input_split_sizes=list(lengths)
+        )
+    longest = max(lengths)
+    padded = [_pad(part, longest) for part in whole.split(list(lengths))]
+    own = mappings.reduce_scatter_to_sequence_parallel_region(torch.cat(padded), group=group)
+    return own[: lengths[group.rank()]]
 
 
 def _pad(part: Tensor, length: int) -> Tensor:

@@ -1,16 +1,27 @@
-"""The order that tokens are put in for their experts, against Megatron's own functions."""
+"""How tokens come to their experts and back: the order that they are put in, against Megatron's functions,
+and the exchange between ranks, against sums over all experts.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import megatron.core.transformer.moe.moe_utils as theirs
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from engine.model.dispatch import OwnDispatcher, permute, sort_chunks, unpermute
+from engine.model.dispatch import (
+    AllGatherDispatcher,
+    AllToAllDispatcher,
+    OwnDispatcher,
+    permute,
+    unpermute,
+)
 from tests.model.kernels import numbers
+from tests.support.workers import WorkerPool
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 HIDDEN = 24
@@ -72,25 +83,15 @@ def test_equals_megatrons_order(case: str, device: str) -> None:
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("sizes", [(3, 0, 2, 4, 1, 7), (0,) * 6, (0, 0, 5, 0, 0, 0)], ids=str)
-def test_chunks_are_sorted_as_megatron_sorts_them(sizes: Sequence[int], device: str) -> None:
-    """What three ranks sent to two experts, and back; values and gradients, bit by bit."""
-    like = torch.zeros((), dtype=torch.bfloat16, device=device)
-    inputs = numbers(sum(sizes), HIDDEN, like=like), numbers(sum(sizes), like=like.float(), seed=2)
-    upstream = numbers(sum(sizes), HIDDEN, like=like, seed=3), numbers(sum(sizes), like=like.float(), seed=4)
-    order = torch.arange(6).view(3, 2).T.reshape(-1)
-    results = []
-    for way in (sort_chunks, theirs.sort_chunks_by_idxs):
-        rows, probs = (x.clone().requires_grad_() for x in inputs)
-        out, moved = way(rows, torch.tensor(sizes), order, probs)
-        assert moved is not None
-        gradients = torch.autograd.grad((out, moved), (rows, probs), upstream)
-        back, _ = way(out, torch.tensor(sizes)[order], order.argsort(), None)
-        assert torch.equal(back, rows)
-        results.append((out, moved, *gradients))
-    for found, wanted in zip(*results, strict=True):
-        assert torch.equal(found, wanted)
+def through_experts(
+    dispatcher: OwnDispatcher, tokens: Tensor, chosen: Tensor, probs: Tensor, factors: Tensor
+) -> Tensor:
+    """As Megatron's layer calls a dispatcher; an expert multiplies by its factor, [K], and a probability."""
+    sent = dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(tokens, chosen, probs))
+    rows, shares, weights = dispatcher.dispatch_postprocess(*sent)
+    results = rows * (factors.repeat_interleave(shares.to(factors.device)) * weights)[:, None]
+    returned = dispatcher.token_combine(dispatcher.combine_preprocess(results))
+    return dispatcher.combine_postprocess(returned)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -101,18 +102,109 @@ def test_a_rank_with_all_experts(counts: Sequence[int], device: str) -> None:
     dropping = any(count < top_k for count in counts)
     config: Any = SimpleNamespace(moe_router_topk=top_k, moe_expert_capacity_factor=1.0 if dropping else None)
     alone: Any = SimpleNamespace(ep=None, expt_tp=None, tp_ep=None)
-    dispatcher = OwnDispatcher(config=config, pg_collection=alone)
+    dispatcher = OwnDispatcher(experts, config=config, pg_collection=alone)
     chosen = choice(counts, experts, device)
     like = torch.zeros((), device=device)
     tokens, probs = numbers(len(counts), 1, HIDDEN, like=like), numbers(*chosen.shape, like=like, seed=2)
-    sent = dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(tokens, chosen, probs))
-    rows, shares, weights = dispatcher.dispatch_postprocess(*sent)
-    assert shares.tolist() == chosen.sum(0).tolist()
-    factors = torch.arange(1, experts + 1, device=device).repeat_interleave(shares)
-    results = dispatcher.combine_preprocess(rows * (factors * weights)[:, None])
-    found = dispatcher.combine_postprocess(dispatcher.token_combine(results))
-    shared = (chosen * probs * torch.arange(1, experts + 1, device=device)).sum(1)
-    torch.testing.assert_close(found, tokens * shared[:, None, None])
+    factors = torch.arange(1, experts + 1, device=device)
+    found = through_experts(dispatcher, tokens, chosen, probs, factors)
+    torch.testing.assert_close(found, tokens * (chosen * probs * factors).sum(1)[:, None, None])
+
+
+EXPERTS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchanged:
+    """What a rank had, chose and got."""
+
+    tokens: Tensor
+    chosen: Tensor
+    probs: Tensor
+    out: Tensor
+    of_tokens: Tensor
+    of_probs: Tensor
+    sent: int
+
+
+def exchange(
+    rank: int, size: int, kind: str, etp: int, counts: Sequence[Sequence[int]], broken: int | None = None
+) -> Exchanged:
+    """Rank ep * etp + t has the experts of ep, and the t-th share of what they return: t + 1 parts of all.
+    Of this rank's own tokens the t-th goes to counts[rank][t] experts. On rank `broken` the probabilities of
+    the first token are no numbers.
+    """
+    ep = size // etp
+    groups: Any = SimpleNamespace(
+        ep=dist.new_subgroups_by_enumeration([list(range(t, size, etp)) for t in range(etp)])[0],
+        expt_tp=dist.new_subgroups_by_enumeration([list(range(e * etp, (e + 1) * etp)) for e in range(ep)])[
+            0
+        ],
+        tp_ep=dist.group.WORLD,
+    )
+    config: Any = SimpleNamespace(moe_router_topk=2, moe_expert_capacity_factor=1.0)
+    dispatcher = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}[kind](
+        EXPERTS // ep, config=config, pg_collection=groups
+    )
+    chosen, like = choice(counts[rank], EXPERTS, "cpu"), torch.zeros((), dtype=torch.float64)
+    tokens = numbers(len(chosen), 1, HIDDEN, like=like, seed=rank).requires_grad_()
+    probs = (numbers(*chosen.shape, like=like, seed=10 + rank).sigmoid() * chosen).requires_grad_()
+    if rank == broken:
+        probs.detach()[0].fill_(torch.nan)
+    share = (rank % etp + 1) / (etp * (etp + 1) / 2)
+    first = rank // etp * dispatcher.experts
+    factors = share * torch.arange(first + 1, first + 1 + dispatcher.experts, dtype=torch.float64)
+    out = through_experts(dispatcher, tokens, chosen, probs, factors)
+    of_tokens, of_probs = torch.autograd.grad((out * (1 + out.detach())).sum(), (tokens, probs))
+    sent = sum(dispatcher.traffic.sent) if isinstance(dispatcher, AllToAllDispatcher) else 0
+    return Exchanged(
+        tokens=tokens.detach(),
+        chosen=chosen,
+        probs=probs.detach(),
+        out=out.detach(),
+        of_tokens=of_tokens,
+        of_probs=of_probs,
+        sent=sent,
+    )
+
+
+COUNTS = {
+    "even": ((2,) * 5,) * 4,
+    "uneven, a rank without tokens": ((2, 2, 1), (), (0, 3, 8, 2, 2), (1,)),
+    "tokens of one rank": ((), (), (), (2, 2, 0)),
+    "no tokens": ((), (), (), ()),
+}
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+@pytest.mark.parametrize("etp", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["alltoall", "allgather"])
+def test_ranks_exchange_tokens(
+    workers: WorkerPool, kind: str, etp: int, counts: Sequence[Sequence[int]]
+) -> None:
+    """Results and gradients of all experts, and no token is sent to a rank twice."""
+    found: list[Exchanged] = workers.run(exchange, 4, timeout=60.0, kind=kind, etp=etp, counts=counts)
+    factors, ranks = torch.arange(1, EXPERTS + 1, dtype=torch.float64), 4 // etp
+    for rank in found:
+        tokens, probs = rank.tokens.clone().requires_grad_(), rank.probs.clone().requires_grad_()
+        out = tokens * (rank.chosen * probs * factors).sum(1)[:, None, None]
+        of_tokens, of_probs = torch.autograd.grad((out * (1 + out.detach())).sum(), (tokens, probs))
+        torch.testing.assert_close(rank.out, out.detach())
+        torch.testing.assert_close(rank.of_tokens, of_tokens)
+        torch.testing.assert_close(rank.of_probs, of_probs)
+        if kind == "alltoall":
+            assert rank.sent == int(rank.chosen.view(-1, ranks, EXPERTS // ranks).any(-1).sum())
+
+
+@pytest.mark.parametrize("kind", ["alltoall", "allgather"])
+def test_what_is_no_number_stays_with_its_token(workers: WorkerPool, kind: str) -> None:
+    found: list[Exchanged] = workers.run(
+        exchange, 4, timeout=60.0, kind=kind, etp=2, counts=COUNTS["even"], broken=1
+    )
+    for number, rank in enumerate(found):
+        broken = [number == 1, False, False, False, False]
+        assert rank.out.isnan().all(-1).flatten().tolist() == broken
+        assert rank.out.isnan().any(-1).flatten().tolist() == broken
 
 
 @pytest.mark.parametrize("device", DEVICES)
