@@ -37,7 +37,7 @@ class ByExpert:
     bounds: Tensor
     """int64 [T + 1]: token t has rows[bounds[t] : bounds[t + 1]]."""
     places: Tensor
-    """int64 [N]: of the chosen ones in the transposed choice, [E * T]."""
+    """int64 [N]: of the rows in the choice, [T * E]."""
 
     @classmethod
     def of(cls, chosen_TE: Tensor, count: int) -> "ByExpert":
@@ -45,11 +45,12 @@ class ByExpert:
         tokens, experts = chosen_TE.shape
         by_expert = chosen_TE.T.reshape(-1)
         row = by_expert.cumsum(0) - 1
-        places = _compact(torch.arange(tokens * experts, device=row.device), by_expert, row, count)
+        numbered = torch.arange(tokens * experts, device=row.device).view(tokens, experts)
+        places = _compact(numbered.T.reshape(-1), by_expert, row, count)
         ends = chosen_TE.reshape(-1).cumsum(0)
         row_of_choice = row.view(experts, tokens).T.reshape(-1)
         return cls(
-            tokens=places % tokens,
+            tokens=places // experts,
             rows=_compact(row_of_choice, chosen_TE.reshape(-1), ends - 1, count),
             bounds=F.pad(ends.view(tokens, experts)[:, -1], (1, 0)),
             places=places,
@@ -70,7 +71,7 @@ def permute(
     """
     order = ByExpert.of(chosen_TE, count)
     rows: Tensor = _Spread.apply(tokens_TH, order)
-    probs = None if probs_TE is None else probs_TE.T.reshape(-1).index_select(0, order.places)
+    probs = None if probs_TE is None else probs_TE.reshape(-1).index_select(0, order.places)
     return rows, probs, order
 
 
@@ -145,7 +146,9 @@ class OwnDispatcher(MoETokenDispatcher):
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """[N, H] -> [T, H]."""
-        return unpermute(hidden_states, self.order)
+        order = self.order
+        del self.order, self.chosen  # a layer would keep those of its last micro-batch
+        return unpermute(hidden_states, order)
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """As they are."""
@@ -206,7 +209,7 @@ class AllToAllDispatcher(OwnDispatcher):
         wanted_TR = routing_map.view(by_rank).any(-1)
         self.traffic = Traffic.of(routing_map, wanted_TR, self)
         tokens, _, self.sent = permute(hidden_states.flatten(0, -2), wanted_TR, None, sum(self.traffic.sent))
-        marked = probs.where(routing_map, -1.0).view(by_rank).transpose(0, 1).reshape(-1, self.experts)
+        marked = probs.where(routing_map, -1.0).view(-1, self.experts)
         return tokens, marked.index_select(0, self.sent.places)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,7 +234,9 @@ class AllToAllDispatcher(OwnDispatcher):
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         """[sent, H] -> [T, 1, H]."""
-        return unpermute(hidden_states, self.sent).view(self.shape)
+        sent = self.sent
+        del self.sent
+        return unpermute(hidden_states, sent).view(self.shape)
 
 
 class AllGatherDispatcher(OwnDispatcher):

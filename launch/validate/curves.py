@@ -1,6 +1,7 @@
 """Part curves: a training run in bf16 under every layout, against one GPU's in bf16 and in fp32."""
 
 from dataclasses import asdict
+from itertools import pairwise
 from math import sqrt
 from statistics import fmean
 from typing import Any
@@ -121,9 +122,8 @@ def _distances(found: list[float], wanted: list[float]) -> tuple[float, float]:
 
 
 def _means(losses: list[float]) -> list[float]:
-    length = max(1, len(losses) // _PARTS)
-    ends = range(len(losses), len(losses) // 2, -length)
-    return [fmean(losses[end - length : end]) for end in ends]
+    borders = [len(losses) * part // _PARTS for part in range(_PARTS // 2, _PARTS + 1)]
+    return [fmean(losses[start:end]) for start, end in pairwise(borders)]
 
 
 def _compare(

@@ -207,6 +207,16 @@ def test_what_is_no_number_stays_with_its_token(workers: WorkerPool, kind: str) 
         assert rank.out.isnan().any(-1).flatten().tolist() == broken
 
 
+def test_gradients_can_be_exchanged() -> None:
+    """NCCL takes contiguous parts alone, where gloo takes others too."""
+    chosen = choice((2,) * 7, 4, "cpu")
+    inputs = torch.rand(7, HIDDEN, requires_grad=True), torch.rand(7, 4, requires_grad=True)
+    rows, probs, order = permute(inputs[0], chosen, inputs[1], 14)
+    assert probs is not None
+    gradients = torch.autograd.grad(unpermute(rows * probs[:, None], order).sum(), inputs)
+    assert all(gradient.is_contiguous() for gradient in gradients)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_results_are_rounded_once(device: str) -> None:
     """256 + 8 x 0.5 is 260; in bf16 each of the halves is lost, one by one."""

@@ -65,8 +65,10 @@ def test_lora_equals_peft_over_nccl(gpus: WorkerPool, layout: str, tmp_path: Pat
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("layout", ["EP2", "EP2xTP2"])
+@pytest.mark.parametrize(
+    ("layout", "adapter"),
+    [("EP2", False), ("EP2", True), ("EP2xTP2", False), ("EP2xTP2", True), ("ETP2xTP2", False)],
+)
 @pytest.mark.parametrize("model", MOE_MODELS)
 def test_experts_over_nccl(gpus: WorkerPool, model: str, layout: str, adapter: bool, tmp_path: Path) -> None:
     world_size, parallel, layers = EXPERT_LAYOUTS[layout]

@@ -26,6 +26,7 @@ LAYOUTS: Mapping[str, tuple[int, ParallelOptions, int]] = {
     "EP2": (2, degrees(ep=2), 2),
     "EP4": (4, degrees(ep=4), 2),
     "EP2xTP2": (2, degrees(ep=2, tp=2), 2),
+    "ETP2xTP2": (2, degrees(tp=2, etp=2), 2),
     "EP2xTP2xDP2": (4, degrees(ep=2, tp=2), 2),
     "EP2xETP2": (4, degrees(ep=2, tp=2, etp=2), 2),
     "EP2xETP2xTP1": (4, degrees(ep=2, etp=2), 2),
