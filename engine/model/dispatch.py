@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from engine.model.fused import sum_rows
+from engine.runtime.kernels import OnItsWay
 from engine.runtime.uneven import gather, reduce_scatter
 
 
@@ -41,7 +42,9 @@ class ByExpert:
 
     @classmethod
     def of(cls, chosen_TE: Tensor, count: int) -> "ByExpert":
-        """From the choice, bool with `count` that are True. Nothing waits for the device."""
+        """From the choice, bool with `count` that are True; with fewer, `first` follows. Nothing waits for the
+        device.
+        """
         tokens, experts = chosen_TE.shape
         by_expert = chosen_TE.T.reshape(-1)
         row = by_expert.cumsum(0) - 1
@@ -56,6 +59,12 @@ class ByExpert:
             places=places,
         )
 
+    def first(self, count: int) -> "ByExpert":
+        """Of the rows that there are."""
+        return ByExpert(
+            tokens=self.tokens[:count], rows=self.rows[:count], bounds=self.bounds, places=self.places[:count]
+        )
+
 
 def _compact(values: Tensor, chosen: Tensor, places: Tensor, count: int) -> Tensor:
     """The chosen values, int64 [count], each at its place. (Indexing by a mask would wait for the device.)"""
@@ -64,15 +73,19 @@ def _compact(values: Tensor, chosen: Tensor, places: Tensor, count: int) -> Tens
 
 
 def permute(
-    tokens_TH: Tensor, chosen_TE: Tensor, probs_TE: Tensor | None, count: int
-) -> tuple[Tensor, Tensor | None, ByExpert]:
+    tokens_TH: Tensor, chosen_TE: Tensor, probs_TE: Tensor, count: int
+) -> tuple[Tensor, Tensor, ByExpert]:
     """Rows [N, H] in the order of their experts, their probabilities [N], and what `unpermute` needs; `count`
     is N.
     """
     order = ByExpert.of(chosen_TE, count)
+    return spread(tokens_TH, order), probs_TE.reshape(-1).index_select(0, order.places), order
+
+
+def spread(tokens_TH: Tensor, order: ByExpert) -> Tensor:
+    """Each token once for every row that it has, [N, H]."""
     rows: Tensor = _Spread.apply(tokens_TH, order)
-    probs = None if probs_TE is None else probs_TE.reshape(-1).index_select(0, order.places)
-    return rows, probs, order
+    return rows
 
 
 def unpermute(rows_NH: Tensor, order: ByExpert) -> Tensor:
@@ -141,7 +154,6 @@ class OwnDispatcher(MoETokenDispatcher):
         self, tokens: Tensor, shares: Tensor, probs: Tensor, count: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows, row_probs, self.order = permute(tokens, self.chosen, probs, count)
-        assert row_probs is not None
         return rows, shares, row_probs
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
@@ -173,19 +185,18 @@ class Traffic:
     """int64 [K]: rows of each expert of this rank."""
 
     @classmethod
-    def of(cls, chosen_TE: Tensor, wanted_TR: Tensor, dispatcher: MoETokenDispatcher) -> "Traffic":
-        """From what every rank's tokens chose, which is where a rank waits for the device: once a layer."""
-        experts, (ranks, rank) = chosen_TE.shape[1], (dispatcher.ep_size, dispatcher.ep_group.rank())
-        own = torch.cat([chosen_TE.sum(0), wanted_TR.sum(0)])
-        every = own.new_empty(ranks * dispatcher.tp_size * len(own))
-        dist.all_gather_into_tensor(every, own, group=dispatcher.tp_ep_group)
-        counts = every.view(ranks, dispatcher.tp_size, -1).cpu()
-        tokens, share = counts[..., experts:], experts // ranks
+    def of(cls, every: Tensor, dispatcher: MoETokenDispatcher) -> "Traffic":
+        """From int64 [ranks of EP x ETP, E + R] on the host: how many of a rank's tokens chose each expert,
+        and how many go to each rank.
+        """
+        (ranks, rank), width = (dispatcher.ep_size, dispatcher.ep_group.rank()), dispatcher.tp_rank
+        counts = every.view(ranks, dispatcher.tp_size, -1)
+        shares, tokens = counts[..., :-ranks].sum((0, 1)), counts[..., -ranks:]
         return cls(
-            sent=tokens[rank, dispatcher.tp_rank].tolist(),
-            received=tokens[:, dispatcher.tp_rank, rank].tolist(),
+            sent=tokens[rank, width].tolist(),
+            received=tokens[:, width, rank].tolist(),
             gathered=tokens[..., rank].sum(0).tolist(),
-            shares=counts[..., rank * share : (rank + 1) * share].sum((0, 1)),
+            shares=shares.chunk(ranks)[rank],
         )
 
 
@@ -205,12 +216,17 @@ class AllToAllDispatcher(OwnDispatcher):
         rank's experts, [sent, K], -1 where it did not choose them.
         """
         self.shape = hidden_states.shape
-        by_rank = (len(routing_map), self.ep_size, self.experts)
-        wanted_TR = routing_map.view(by_rank).any(-1)
-        self.traffic = Traffic.of(routing_map, wanted_TR, self)
-        tokens, _, self.sent = permute(hidden_states.flatten(0, -2), wanted_TR, None, sum(self.traffic.sent))
+        wanted_TR = routing_map.view(len(routing_map), self.ep_size, self.experts).any(-1)
+        own = torch.cat([routing_map.sum(0), wanted_TR.sum(0)])
+        every = own.new_empty(self.ep_size * self.tp_size * len(own))
+        dist.all_gather_into_tensor(every, own, group=self.tp_ep_group)
+        counts = OnItsWay(every)
+        # What does not depend on the numbers keeps the device at work while the host reads them.
+        order = ByExpert.of(wanted_TR, wanted_TR.numel())
         marked = probs.where(routing_map, -1.0).view(-1, self.experts)
-        return tokens, marked.index_select(0, self.sent.places)
+        self.traffic = Traffic.of(counts.arrived(), self)
+        self.sent = order.first(sum(self.traffic.sent))
+        return spread(hidden_states.flatten(0, -2), self.sent), marked.index_select(0, self.sent.places)
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Of this rank's tokens -> of those that chose an expert of it, [gathered, H] and [gathered, K]."""

@@ -55,6 +55,26 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
+class OnItsWay:
+    """A copy of a tensor for the host, made when the device comes to it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._there = None
+        if tensor.is_cuda:
+            self._copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._copy.copy_(tensor, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+        else:
+            self._copy = tensor
+
+    def arrived(self) -> Tensor:
+        """Waits for it, and not for what the device has been given since."""
+        if self._there is not None:
+            self._there.synchronize()
+        return self._copy
+
+
 def product(a: Tensor, b: Tensor) -> Tensor:
     """[n, k] and [k, m] of one dtype -> a @ b, float32 [n, m], rounded nowhere between."""
     if a.dtype == torch.float32:

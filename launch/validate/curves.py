@@ -87,7 +87,7 @@ def judge(setup: Setup) -> PartReport:
     report.notes.append(
         f"{setup.config.validate.steps} steps in bf16. The noise of bf16 is measured: it is the distance "
         f"between one GPU's curves in bf16 and in fp32. Another layout rounds other partial sums, and may be "
-        f"{bounds.curve_noise_factor:g} times as far from one GPU's curve; by the means of the last five "
+        f"{bounds.noise_factor:g} times as far from one GPU's curve; by the means of the last five "
         f"tenths of the steps (root mean square) at least {bounds.curve_floor:g}, at any step at least "
         f"{2 * bounds.curve_floor:g}."
     )
@@ -110,8 +110,8 @@ def noise_bounds(setup: Setup, wanted: list[float], exact: list[float]) -> tuple
     bounds = setup.config.bounds
     any_step, half = _distances(wanted, exact)
     return (
-        max(bounds.curve_noise_factor * any_step, 2 * bounds.curve_floor),
-        max(bounds.curve_noise_factor * half, bounds.curve_floor),
+        max(bounds.noise_factor * any_step, 2 * bounds.curve_floor),
+        max(bounds.noise_factor * half, bounds.curve_floor),
     )
 
 

@@ -84,17 +84,19 @@ class Bounds:
     fp32_norm_bound: float = 1e-4
     """Gradient norms in fp32."""
 
+    noise_factor: float = 3.0
+    """What a layout computes in bf16 may be this many times as far from one GPU's as that is from one GPU's
+    in fp32, and at least the three bounds that follow.
+    """
+
     bf16_loss_bound: float = 2e-3
     """Losses in bf16."""
 
     bf16_norm_bound: float = 2e-2
     """Gradient norms in bf16."""
 
-    curve_noise_factor: float = 3.0
-    """A loss curve may be this many times as far from one GPU's as that is from one GPU's in fp32."""
-
     curve_floor: float = 2e-3
-    """But at least this far, and any single step twice as far."""
+    """Means of tenths of a loss curve in bf16; any single step may be twice as far."""
 
     resume_bound: float = 1e-4
     """Losses of a run that goes on in another layout, in fp32."""

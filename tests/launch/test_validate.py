@@ -128,7 +128,7 @@ def test_what_is_no_number_is_the_largest() -> None:
 
 
 def test_noise_is_that_of_one_gpu_and_has_a_floor(tmp_path: Path) -> None:
-    setup = setup_of(tmp_path, "--curve_noise_factor", "3", "--curve_floor", "0.001")
+    setup = setup_of(tmp_path, "--noise_factor", "3", "--curve_floor", "0.001")
     exact = [2.0] * 20
     assert curves.noise_bounds(setup, exact, exact) == (0.002, 0.001)
     # Of the ten steps of the second half two and two are averaged: one pair is off by 3 %, one by 4 %.
@@ -137,6 +137,16 @@ def test_noise_is_that_of_one_gpu_and_has_a_floor(tmp_path: Path) -> None:
         pytest.approx(0.6),
         pytest.approx(3 * sqrt((0.03**2 + 0.04**2) / 5)),
     )
+
+
+def test_parity_in_bf16_has_floors_and_knows_the_noise(tmp_path: Path) -> None:
+    setup = setup_of(
+        tmp_path, "--noise_factor", "2", "--bf16_loss_bound", "0.01", "--bf16_norm_bound", "0.03"
+    )
+    exact = {"losses": [2.0, 4.0], "grad_norms": [1.0, 1.0]}
+    assert parity.noise_bounds(setup, exact, exact) == (0.01, 0.03)
+    rounded = {"losses": [2.0, 4.4], "grad_norms": [0.8, 1.1]}
+    assert parity.noise_bounds(setup, rounded, exact) == (pytest.approx(0.2), pytest.approx(0.4))
 
 
 def test_a_curve_that_is_close_at_its_end_alone_is_found(tmp_path: Path) -> None:
