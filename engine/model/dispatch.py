@@ -42,8 +42,8 @@ class ByExpert:
 
     @classmethod
     def of(cls, chosen_TE: Tensor, count: int) -> "ByExpert":
-        """From the choice, bool with `count` that are True; with fewer, `first` follows. Nothing waits for the
-        device.
+        """From the choice, bool with `count` that are True. If there are fewer, `first` has to follow.
+        Nothing waits for the device.
         """
         tokens, experts = chosen_TE.shape
         by_expert = chosen_TE.T.reshape(-1)
