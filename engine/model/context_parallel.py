@@ -7,6 +7,7 @@ document ("zigzag"; the same cut as Transformer Engine's). Documents are padded 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,6 @@ from megatron.core.tensor_parallel.mappings import all_to_all
 from torch import Tensor
 
 from engine.model.attention import own_chunks
-from engine.model.fused import reordered
 from engine.runtime.kernels import to_device
 
 
@@ -93,10 +93,27 @@ class ContextParallel:
 
     def heads_to_tokens(self, x: Tensor) -> Tensor:
         """[T, N / size, D] -> [T / size, N, D]: the inverse."""
-        by_rank = reordered(x, self.order, self.place).unflatten(0, (self.size, -1))
+        by_rank = _Permuted.apply(x, self.order, self.place).unflatten(0, (self.size, -1))
         exchanged: Tensor = all_to_all(self.group, by_rank)
         return exchanged.transpose(0, 1).flatten(1, 2)
 
     def _in_sequence(self, by_rank: Tensor) -> Tensor:
         """Tokens [T, ...] of one rank after another, in the order of the sequence."""
-        return reordered(by_rank, self.place, self.order)
+        ordered: Tensor = _Permuted.apply(by_rank, self.place, self.order)
+        return ordered
+
+
+class _Permuted(torch.autograd.Function):
+    """Rows in another order. Gradients are put back by the inverse, where those of index_select would be
+    added up by atomics.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grad_outputs[0].index_select(0, inverse), None, None

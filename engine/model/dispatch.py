@@ -144,17 +144,17 @@ class OwnDispatcher(MoETokenDispatcher):
         return hidden_states, probs
 
     def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [N, H], how many each expert has, int64 [K] on the device, and the probability of each row."""
-        count = len(hidden_states) * self.config.moe_router_topk
+        """Rows [N, H], how many each expert has, int64 [K], and the probability of each row."""
+        shares, count = self._shares()
+        rows, row_probs, self.order = permute(hidden_states, self.chosen, probs, count)
+        return rows, shares, row_probs
+
+    def _shares(self) -> tuple[Tensor, int]:
+        """Rows of each expert, int64 [K] on the device or on the host, and of all of them."""
+        count = len(self.chosen) * self.config.moe_router_topk
         if self.config.moe_expert_capacity_factor is not None:
             count = int(self.chosen.sum())
-        return self._rows(hidden_states, self.chosen.sum(dim=0), probs, count)
-
-    def _rows(
-        self, tokens: Tensor, shares: Tensor, probs: Tensor, count: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, row_probs, self.order = permute(tokens, self.chosen, probs, count)
-        return rows, shares, row_probs
+        return self.chosen.sum(dim=0), count
 
     def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
         """[N, H] -> [T, H]."""
@@ -230,16 +230,16 @@ class AllToAllDispatcher(OwnDispatcher):
 
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         """Of this rank's tokens -> of those that chose an expert of it, [gathered, H] and [gathered, K]."""
-        return self._receive(hidden_states), self._receive(probs)
+        hidden_states, probs = self._receive(hidden_states), self._receive(probs)
+        self.chosen = probs.detach() != -1.0  # true of what is no number, as the counts have it
+        return hidden_states, probs
 
     def _receive(self, sent: Tensor) -> Tensor:
         received: Tensor = all_to_all(self.ep_group, sent, self.traffic.received, self.traffic.sent)
         return gather(received, self.traffic.gathered, self.tp_group) if self.tp_size > 1 else received
 
-    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [N, H], how many each expert has, int64 [K] on the host, and the probability of each row."""
-        self.chosen = probs.detach() != -1.0  # true of what is no number, as the counts have it
-        return self._rows(hidden_states, self.traffic.shares, probs, int(self.traffic.shares.sum()))
+    def _shares(self) -> tuple[Tensor, int]:
+        return self.traffic.shares, int(self.traffic.shares.sum())
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Results of this rank's experts for what came -> of all for its own tokens, [sent, H]."""
@@ -279,10 +279,9 @@ class AllGatherDispatcher(OwnDispatcher):
             self.chosen = of_all(self.chosen.to(torch.uint8))[:, mine].bool()
         return of_all(hidden_states), of_all(probs)[:, mine]
 
-    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows [N, H], how many each expert has, int64 [K] on the host, and the probability of each row."""
+    def _shares(self) -> tuple[Tensor, int]:
         shares = self.chosen.sum(dim=0).cpu()
-        return self._rows(hidden_states, shares, probs, int(shares.sum()))
+        return shares, int(shares.sum())
 
     def token_combine(self, hidden_states: Tensor) -> Tensor:
         """Results of this rank's experts for all tokens -> all experts' results for its own, [T, H]."""

@@ -195,26 +195,6 @@ class _Heads(torch.autograd.Function):
         return out, None, None, None, of_bias, *of_norms, None
 
 
-def reordered(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-    """x[index], [N, ...], for an order int64 [N] of all rows and its inverse. Gradients are put back by that:
-    those of index_select would be added up by atomics.
-    """
-    out: Tensor = _Reordered.apply(x, index, inverse)
-    return out
-
-
-class _Reordered(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors
-        return grad_outputs[0].index_select(0, inverse), None, None
-
-
 def sum_rows(x_NH: Tensor, owners: Tensor, rows: Tensor, bounds: Tensor) -> Tensor:
     """Sums [M, H] of the rows of x that belong to the same owner, added up in float32 in the order of `rows`.
 

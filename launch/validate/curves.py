@@ -109,10 +109,7 @@ def noise_bounds(setup: Setup, wanted: list[float], exact: list[float]) -> tuple
     """How far a curve may be from one GPU's `wanted` at any step, and in its second half."""
     bounds = setup.config.bounds
     any_step, half = _distances(wanted, exact)
-    return (
-        max(bounds.noise_factor * any_step, 2 * bounds.curve_floor),
-        max(bounds.noise_factor * half, bounds.curve_floor),
-    )
+    return bounds.in_bf16(2 * bounds.curve_floor, any_step), bounds.in_bf16(bounds.curve_floor, half)
 
 
 def _distances(found: list[float], wanted: list[float]) -> tuple[float, float]:

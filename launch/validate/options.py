@@ -101,6 +101,10 @@ class Bounds:
     resume_bound: float = 1e-4
     """Losses of a run that goes on in another layout, in fp32."""
 
+    def in_bf16(self, floor: float, noise: float) -> float:
+        """The bound of what one GPU's rounding moves by `noise`."""
+        return max(floor, self.noise_factor * noise)
+
 
 @dataclass(kw_only=True)
 class ValidateConfig:

@@ -106,11 +106,8 @@ def noise_bounds(setup: Setup, rounded: dict[str, Any], exact: dict[str, Any]) -
     `exact` are those in fp32.
     """
     bounds = setup.config.bounds
-    of_losses, of_norms = _distances(rounded, exact)
-    return (
-        max(bounds.bf16_loss_bound, bounds.noise_factor * of_losses),
-        max(bounds.bf16_norm_bound, bounds.noise_factor * of_norms),
-    )
+    losses, norms = _distances(rounded, exact)
+    return bounds.in_bf16(bounds.bf16_loss_bound, losses), bounds.in_bf16(bounds.bf16_norm_bound, norms)
 
 
 def _distances(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[float, float]:
@@ -122,10 +119,10 @@ def _distances(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[float, fl
 def _compare(
     setup: Setup, task: Task, run: str, found: dict[str, Any], wanted: dict[str, Any], report: PartReport
 ) -> list[str]:
-    bounds, model = setup.config.bounds, run.removesuffix(" bfloat16")
+    bounds, (model, dtype) = setup.config.bounds, run.split()
     loss_bound, norm_bound = (
         (bounds.fp32_loss_bound, bounds.fp32_norm_bound)
-        if model == run
+        if dtype == "float32"
         else noise_bounds(setup, wanted[run], wanted[f"{model} float32"])
     )
     losses, norms = _distances(found, wanted[run])

@@ -133,17 +133,16 @@ def exchange(
     Of this rank's own tokens the t-th goes to counts[rank][t] experts. On rank `broken` the probabilities of
     the first token are no numbers.
     """
-    ep = size // etp
+    same_width = [list(range(width, size, etp)) for width in range(etp)]
+    same_experts = [list(range(first, first + etp)) for first in range(0, size, etp)]
     groups: Any = SimpleNamespace(
-        ep=dist.new_subgroups_by_enumeration([list(range(t, size, etp)) for t in range(etp)])[0],
-        expt_tp=dist.new_subgroups_by_enumeration([list(range(e * etp, (e + 1) * etp)) for e in range(ep)])[
-            0
-        ],
+        ep=dist.new_subgroups_by_enumeration(same_width)[0],
+        expt_tp=dist.new_subgroups_by_enumeration(same_experts)[0],
         tp_ep=dist.group.WORLD,
     )
     config: Any = SimpleNamespace(moe_router_topk=2, moe_expert_capacity_factor=1.0)
     dispatcher = {"alltoall": AllToAllDispatcher, "allgather": AllGatherDispatcher}[kind](
-        EXPERTS // ep, config=config, pg_collection=groups
+        EXPERTS * etp // size, config=config, pg_collection=groups
     )
     chosen, like = choice(counts[rank], EXPERTS, "cpu"), torch.zeros((), dtype=torch.float64)
     tokens = numbers(len(chosen), 1, HIDDEN, like=like, seed=rank).requires_grad_()
